@@ -1,0 +1,61 @@
+"""Named axes: one vocabulary for `jax.shard_map` (manual axes) and `jax.vmap(axis_name=...)`.
+
+Under `shard_map` with replication checks a value's type says over which manual axes it differs
+(`{V:replica}`). Under `vmap` the same fact is whether the value is batched, and the casts of
+`shard_map` do not exist. These helpers do the right thing in both.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def axis_size(axis_name: str) -> int:
+  """Number of devices (or stacked replicas) on `axis_name`.
+
+  Raises:
+    ValueError: `axis_name` is not bound by `jax.shard_map` or `jax.vmap(axis_name=...)`.
+  """
+  try:
+    return jax.lax.axis_size(axis_name)
+  except NameError as e:
+    raise ValueError(
+      f"axis `{axis_name}` is unbound: call inside jax.shard_map over that axis,"
+      " or inside jax.vmap(axis_name=...)."
+    ) from e
+
+
+def is_manual(axis_name: str) -> bool:
+  """Whether `axis_name` is a manual axis of an enclosing `jax.shard_map`."""
+  return axis_name in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+  """Manual axes over which the type of `x` says that it differs; empty without checks."""
+  aval: Any = jax.typeof(x)
+  kind = getattr(aval, "manual_axis_type", None)
+  return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+
+
+def vary(tree: Any, axis_name: str) -> Any:
+  """Types every array of `tree` as differing over `axis_name`; values do not change."""
+  if not is_manual(axis_name):
+    return tree
+
+  def cast(x):
+    return x if axis_name in varying_axes(x) else jax.lax.pcast(x, axis_name, to="varying")
+
+  return jax.tree.map(cast, tree)
+
+
+def all_gather_equal(tree: Any, axis_name: str) -> Any:
+  """`jax.lax.all_gather` (stacked on a new leading axis), typed as equal on all devices."""
+  if is_manual(axis_name):
+    return jax.lax.all_gather(vary(tree, axis_name), axis_name, to="invarying")
+  return jax.lax.all_gather(tree, axis_name)
+
+
+def pmean_f32(x: jax.Array, axis_name: str) -> jax.Array:
+  """Mean over `axis_name`, summed in float32, in the dtype of `x`."""
+  return jax.lax.pmean(x.astype(jnp.float32), axis_name).astype(x.dtype)
