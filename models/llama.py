@@ -1,0 +1,336 @@
+"""Llama 3: dense decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU.
+
+Llama 3 (arXiv 2407.21783), Llama 2 (arXiv 2307.09288) §2.2. A model is three pure functions and
+a dataclass: `LlamaConfig`, `init`, `apply`, `specs`.
+
+Letters in names: B batch, S sequence, V vocabulary, D hidden, L layers, F feed-forward,
+H query heads, K key/value heads, C head width. Parameters of the layers are stacked on a leading
+axis L, which names leave out: `params["layers"]["q_DHC"]` is float32[L, D, H, C].
+"""
+
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomm import _axes
+from models import _attention, losses, rope
+from models._llama_config import (
+  LlamaConfig,
+  llama3_2_1b,
+  llama3_2_3b,
+  llama3_8b,
+  llama3_70b,
+  llama3_405b,
+  nano,
+  small,
+  tiny,
+)
+from models.rope import Llama3RopeScaling
+from parallel.sharding import shard_batch
+
+__all__ = [
+  "Llama3RopeScaling",
+  "LlamaConfig",
+  "Params",
+  "apply",
+  "flops_per_token",
+  "init",
+  "llama3_2_1b",
+  "llama3_2_3b",
+  "llama3_8b",
+  "llama3_70b",
+  "llama3_405b",
+  "loss",
+  "nano",
+  "num_params",
+  "small",
+  "specs",
+  "tiny",
+]
+
+Params = dict[str, Any]
+
+
+class _Leaf(NamedTuple):
+  """One parameter: shape and logical axes without L, and N(mean, std) at the start."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  std: float = 0.0
+  mean: float = 0.0
+
+
+def _layer_leaves(cfg: LlamaConfig) -> dict[str, _Leaf]:
+  D, F, H, K, C = (
+    cfg.hidden_size, cfg.intermediate_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_size,
+  )  # fmt: skip
+  out_std = 0.02 / math.sqrt(2 * cfg.num_layers)  # keeps the residual stream's variance
+  leaves = {
+    "attn_norm_D": _Leaf((D,), ("norm",), mean=1.0),
+    "q_DHC": _Leaf((D, H, C), ("embed", "heads", "head_dim"), 0.02),
+    "k_DKC": _Leaf((D, K, C), ("embed", "kv_heads", "head_dim"), 0.02),
+    "v_DKC": _Leaf((D, K, C), ("embed", "kv_heads", "head_dim"), 0.02),
+    "o_HCD": _Leaf((H, C, D), ("heads", "head_dim", "embed"), out_std),
+    "mlp_norm_D": _Leaf((D,), ("norm",), mean=1.0),
+    "gate_DF": _Leaf((D, F), ("embed", "mlp"), 0.02),
+    "up_DF": _Leaf((D, F), ("embed", "mlp"), 0.02),
+    "down_FD": _Leaf((F, D), ("mlp", "embed"), out_std),
+  }
+  if cfg.attention_bias:
+    leaves["q_bias_HC"] = _Leaf((H, C), ("heads", "head_dim"))
+    leaves["k_bias_KC"] = _Leaf((K, C), ("kv_heads", "head_dim"))
+    leaves["v_bias_KC"] = _Leaf((K, C), ("kv_heads", "head_dim"))
+    leaves["o_bias_D"] = _Leaf((D,), ("norm",))
+  if cfg.mlp_bias:
+    leaves["gate_bias_F"] = _Leaf((F,), ("mlp",))
+    leaves["up_bias_F"] = _Leaf((F,), ("mlp",))
+    leaves["down_bias_D"] = _Leaf((D,), ("norm",))
+  return leaves
+
+
+def _outer_leaves(cfg: LlamaConfig) -> dict[str, _Leaf]:
+  V, D = cfg.vocab_size, cfg.hidden_size
+  leaves = {
+    "embed_VD": _Leaf((V, D), ("vocab", "embed"), 0.02),
+    "final_norm_D": _Leaf((D,), ("norm",), mean=1.0),
+  }
+  if not cfg.tie_embeddings:
+    leaves["head_DV"] = _Leaf((D, V), ("embed", "vocab"), 0.02)
+  return leaves
+
+
+def init(key: jax.Array, cfg: LlamaConfig) -> Params:
+  """Parameters in `cfg.param_dtype`: N(0, 0.02), residual outputs divided by sqrt(2 L).
+
+  Each array has its own key from its name and layer, so the draws depend neither on L nor on
+  the mesh. Use `jax.jit(init, static_argnums=1, out_shardings=...)` to make no full copy.
+
+  Example:
+    >>> shapes = jax.eval_shape(lambda: init(jax.random.key(0), nano()))
+    >>> shapes["layers"]["q_DHC"].shape
+    (2, 64, 4, 16)
+  """
+
+  def draw(name, leaf, *index):
+    leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    for i in index:
+      leaf_key = jax.random.fold_in(leaf_key, i)
+    if leaf.std == 0.0:
+      return jnp.full(leaf.shape, leaf.mean, cfg.param_dtype)
+    noise = jax.random.normal(leaf_key, leaf.shape, jnp.float32)
+    return (leaf.std * noise).astype(cfg.param_dtype)
+
+  def stack(name, leaf):
+    return jax.vmap(lambda i: draw(name, leaf, i))(jnp.arange(cfg.num_layers))
+
+  params: Params = {name: draw(name, leaf) for name, leaf in _outer_leaves(cfg).items()}
+  params["layers"] = {name: stack(name, leaf) for name, leaf in _layer_leaves(cfg).items()}
+  return params
+
+
+def specs(cfg: LlamaConfig) -> Params:
+  """Tree like `init`'s with a `jax.P` of logical axis names for every array.
+
+  Example:
+    >>> specs(nano())["layers"]["down_FD"]
+    P('layers', 'mlp', 'embed')
+  """
+  tree: Params = {name: jax.P(*leaf.axes) for name, leaf in _outer_leaves(cfg).items()}
+  tree["layers"] = {name: jax.P("layers", *leaf.axes) for name, leaf in _layer_leaves(cfg).items()}
+  return tree
+
+
+def apply(
+  params: Params,
+  tokens_BS: jax.Array,
+  cfg: LlamaConfig,
+  *,
+  positions: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Next-token logits.
+
+  Args:
+    params: from `init`.
+    tokens_BS: int ids in [0, V); host code checks the range, a gather would clamp.
+    cfg: the config of `params`.
+    positions: int32[B, S] for RoPE, default 0..S-1. With packing they restart per document.
+    segment_ids: int32[B, S]; tokens attend only within their own segment. Default one segment.
+
+  Returns:
+    (float32[B, S, V] logits, aux), aux an empty dict in a dense model.
+
+  Raises:
+    ValueError: an argument has the wrong shape or dtype, or S exceeds `cfg.max_seq_len`.
+
+  Example:
+    >>> cfg = nano()
+    >>> logits, _ = apply(init(jax.random.key(0), cfg), jnp.zeros((2, 8), int), cfg)
+    >>> logits.shape
+    (2, 8, 512)
+  """
+  _check_inputs(tokens_BS, cfg, positions, segment_ids)
+  seq_len = tokens_BS.shape[1]
+  if positions is None:
+    positions = jnp.arange(seq_len)[None]
+  inv_A = rope.frequencies(cfg.head_size, cfg.rope_theta, cfg.rope_scaling)
+  cos_sin = rope.angles(positions, inv_A)
+  mask = _attention.causal_mask(seq_len, segment_ids)
+
+  def body(x_BSD, layer):
+    return _layer(shard_batch(x_BSD), layer, cos_sin, mask, cfg), None
+
+  if cfg.remat != "none":
+    body = jax.checkpoint(body, policy=_REMAT_POLICY[cfg.remat], prevent_cse=False)
+  x_BSD = params["embed_VD"].astype(cfg.dtype)[tokens_BS]
+  x_BSD = _vary_like(x_BSD, (params, cos_sin, mask))
+  if cfg.scan_layers:
+    x_BSD, _ = jax.lax.scan(body, x_BSD, params["layers"])
+  else:
+    for i in range(cfg.num_layers):
+      x_BSD, _ = body(x_BSD, jax.tree.map(lambda p, i=i: p[i], params["layers"]))
+  return _logits(shard_batch(x_BSD), params, cfg), {}
+
+
+_REMAT_POLICY = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _layer(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
+  layer = jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
+  attn_BSD = _attend(_rms_norm(x_BSD, layer["attn_norm_D"], cfg), layer, cos_sin, mask, cfg)
+  x_BSD = x_BSD + attn_BSD
+  return x_BSD + _feed_forward(_rms_norm(x_BSD, layer["mlp_norm_D"], cfg), layer, cfg)
+
+
+def _attend(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
+  q_BSHC = jnp.einsum("bsd,dhc->bshc", x_BSD, layer["q_DHC"])
+  k_BSKC = jnp.einsum("bsd,dkc->bskc", x_BSD, layer["k_DKC"])
+  v_BSKC = jnp.einsum("bsd,dkc->bskc", x_BSD, layer["v_DKC"])
+  if cfg.attention_bias:
+    q_BSHC = q_BSHC + layer["q_bias_HC"][None, None]
+    k_BSKC = k_BSKC + layer["k_bias_KC"][None, None]
+    v_BSKC = v_BSKC + layer["v_bias_KC"][None, None]
+  q_BSHC, k_BSKC = rope.rotate(q_BSHC, *cos_sin), rope.rotate(k_BSKC, *cos_sin)
+  y_BSHC = _attention.attention(q_BSHC, k_BSKC, v_BSKC, mask)
+  y_BSD = jnp.einsum("bshc,hcd->bsd", y_BSHC, layer["o_HCD"])
+  return y_BSD + layer["o_bias_D"][None, None] if cfg.attention_bias else y_BSD
+
+
+def _feed_forward(x_BSD, layer, cfg: LlamaConfig):
+  gate_BSF = x_BSD @ layer["gate_DF"]
+  up_BSF = x_BSD @ layer["up_DF"]
+  if cfg.mlp_bias:
+    gate_BSF = gate_BSF + layer["gate_bias_F"][None, None]
+    up_BSF = up_BSF + layer["up_bias_F"][None, None]
+  y_BSD = (jax.nn.silu(gate_BSF) * up_BSF) @ layer["down_FD"]
+  return y_BSD + layer["down_bias_D"][None, None] if cfg.mlp_bias else y_BSD
+
+
+def _rms_norm(x_BSD, gain_D, cfg: LlamaConfig):
+  x32_BSD = x_BSD.astype(jnp.float32)
+  scale_BS1 = jax.lax.rsqrt(jnp.square(x32_BSD).mean(-1, keepdims=True) + cfg.rms_norm_eps)
+  # Cast before the gain, as the published weights were trained.
+  return (x32_BSD * scale_BS1).astype(x_BSD.dtype) * gain_D[None, None].astype(x_BSD.dtype)
+
+
+def _logits(x_BSD, params, cfg: LlamaConfig):
+  x_BSD = _rms_norm(x_BSD, params["final_norm_D"], cfg)
+  head_DV = params["embed_VD"].T if cfg.tie_embeddings else params["head_DV"]
+  return jnp.matmul(x_BSD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
+
+
+def _vary_like(x, tree):
+  """Types `x` as differing over every manual axis of `tree`: a scan's carry keeps its type."""
+  for axis in sorted(frozenset().union(*map(_axes.varying_axes, jax.tree.leaves(tree)))):
+    x = _axes.vary(x, axis)
+  return x
+
+
+def loss(
+  params: Params, batch: dict[str, jax.Array], cfg: LlamaConfig, *, z_loss: float = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Masked mean next-token cross-entropy, nats, float32.
+
+  Args:
+    params: from `init`.
+    batch: `tokens` and `targets` int32[B, S]; optional `segment_ids`, `positions` int32[B, S]
+      and `loss_mask` float32[B, S], which packing sets to 0 at the last token of a document.
+    cfg: the config of `params`.
+    z_loss: weight of the squared log-partition.
+
+  Returns:
+    (objective, aux): aux has `loss` (cross-entropy alone) and `tokens` (sum of the mask).
+
+  Raises:
+    ValueError: a key is missing or unknown, a shape or a dtype is wrong, or `z_loss` is negative.
+
+  Example:
+    >>> batch = {k: jnp.zeros((2, 8), int) for k in ("tokens", "targets")}
+    >>> value, aux = loss(init(jax.random.key(0), nano()), batch, nano())
+    >>> int(aux["tokens"])
+    16
+  """
+  missing, unknown = _REQUIRED - batch.keys(), batch.keys() - _REQUIRED - _OPTIONAL
+  if missing or unknown:
+    raise ValueError(
+      f"`batch` must have the keys {sorted(_REQUIRED)} and may have {sorted(_OPTIONAL)}:"
+      f" missing {sorted(missing)}, unknown {sorted(unknown)}."
+    )
+  logits_BSV, aux = apply(
+    params,
+    batch["tokens"],
+    cfg,
+    positions=batch.get("positions"),
+    segment_ids=batch.get("segment_ids"),
+  )
+  value, loss_aux = losses.cross_entropy(
+    logits_BSV, batch["targets"], batch.get("loss_mask"), z_loss=z_loss
+  )
+  return value, aux | loss_aux
+
+
+_REQUIRED = frozenset(("tokens", "targets"))
+_OPTIONAL = frozenset(("segment_ids", "positions", "loss_mask"))
+
+
+def _check_inputs(tokens, cfg, positions, segment_ids):
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"`tokens` must be integers [B, S], got {tokens.dtype}{list(tokens.shape)}.")
+  if tokens.shape[1] > cfg.max_seq_len:
+    raise ValueError(
+      f"`tokens` must not be longer than `max_seq_len` = {cfg.max_seq_len}, got {tokens.shape[1]}."
+    )
+  for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+    if value is not None and value.shape != tokens.shape:
+      raise ValueError(
+        f"`{name}` must have the shape of `tokens` {tokens.shape}, got {value.shape}."
+      )
+
+
+def num_params(cfg: LlamaConfig) -> int:
+  """Number of parameters, a tied embedding counted once.
+
+  Example:
+    >>> num_params(llama3_8b())
+    8030261248
+  """
+  layer = sum(math.prod(leaf.shape) for leaf in _layer_leaves(cfg).values())
+  return cfg.num_layers * layer + sum(math.prod(leaf.shape) for leaf in _outer_leaves(cfg).values())
+
+
+def flops_per_token(cfg: LlamaConfig, seq_len: int) -> float:
+  """Training FLOPs per token, forward and backward, causal attention counted at half.
+
+  `6 P + 6 D V + 6 L S H C` with P the parameters that are neither embedding nor output matrix
+  (PaLM, arXiv 2204.02311, appendix B). Recomputation by `remat` is not counted.
+  """
+  matrix = cfg.vocab_size * cfg.hidden_size
+  inner = num_params(cfg) - matrix * (1 if cfg.tie_embeddings else 2)
+  attention = 6 * cfg.num_layers * seq_len * cfg.num_heads * cfg.head_size
+  return float(6 * inner + 6 * matrix + attention)
