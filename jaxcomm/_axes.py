@@ -33,9 +33,7 @@ def is_manual(axis_name: str) -> bool:
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
   """Manual axes over which the type of `x` says that it differs; empty without checks."""
-  aval: Any = jax.typeof(x)
-  kind = getattr(aval, "manual_axis_type", None)
-  return frozenset(kind.varying if kind is not None else getattr(aval, "vma", ()))
+  return _axes_of(jax.typeof(x))
 
 
 def vary(tree: Any, axis_name: str) -> Any:
@@ -59,3 +57,39 @@ def all_gather_equal(tree: Any, axis_name: str) -> Any:
 def pmean_f32(x: jax.Array, axis_name: str) -> jax.Array:
   """Mean over `axis_name`, summed in float32, in the dtype of `x`."""
   return jax.lax.pmean(x.astype(jnp.float32), axis_name).astype(x.dtype)
+
+
+def cond(pred: jax.Array, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
+  """`jax.lax.cond` whose results are typed as varying wherever either branch's result is.
+
+  Under `shard_map` with replication checks the branches of a plain `lax.cond` must agree in type:
+  "synchronised" (equal everywhere) and "kept" (differs) would not.
+  """
+  shapes = [jax.eval_shape(fun, *operands) for fun in (true_fun, false_fun)]
+  axes = jax.tree.map(lambda *s: _Axes(frozenset().union(*map(_axes_of, s))), *shapes)
+
+  def typed(fun):
+    def branch(*args):
+      return jax.tree.map(_vary_over, fun(*args), axes)
+
+    return branch
+
+  return jax.lax.cond(pred, typed(true_fun), typed(false_fun), *operands)
+
+
+class _Axes:
+  """A set of axis names as one leaf of a tree."""
+
+  def __init__(self, names: frozenset[str]):
+    self.names = names
+
+
+def _axes_of(aval: Any) -> frozenset[str]:
+  kind = getattr(aval, "manual_axis_type", None)
+  return frozenset(kind.varying if kind else getattr(aval, "vma", None) or ())
+
+
+def _vary_over(x: jax.Array, axes: _Axes) -> jax.Array:
+  for name in sorted(axes.names - varying_axes(x)):
+    x = jax.lax.pcast(x, name, to="varying")
+  return x

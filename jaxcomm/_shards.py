@@ -1,0 +1,89 @@
+"""Running a function on each device's own shards, inside a region that is manual over `replica`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+P = jax.sharding.PartitionSpec
+
+
+def inner_axes() -> tuple[str, ...]:
+  """Axes of the current mesh, larger than 1, that the compiler still handles (Auto, Explicit)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes and mesh.shape[a] > 1)
+
+
+def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]:
+  """The `PartitionSpec` of every leaf over the inner axes.
+
+  Args:
+    leaves: arrays of the tree `treedef`.
+    specs: a tree of `PartitionSpec` like `treedef`, one `PartitionSpec` for all leaves, or None:
+      then the types of Explicit axes tell, and Auto axes larger than 1 are an error.
+
+  Raises:
+    ValueError: `specs` is None and an Auto axis larger than 1 is in use.
+  """
+  inner = inner_axes()
+  if not inner:
+    return [P()] * len(leaves)
+  if isinstance(specs, P):
+    return [_only(specs, inner)] * len(leaves)
+  if specs is not None:
+    return [_only(s, inner) for s in treedef.flatten_up_to(specs)]
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  auto = {a: mesh.shape[a] for a in inner if kinds[a] == jax.sharding.AxisType.Auto}
+  if auto:
+    raise ValueError(
+      f"`specs` must say how the leaves are sharded over the automatic mesh axes {auto}:"
+      " pass a tree of PartitionSpec like the parameters, or jax.P() if they are replicated."
+    )
+  return [_only(jax.typeof(x).sharding.spec, inner) for x in leaves]
+
+
+def on_shards(fun: Callable, specs: list[P]) -> Callable:
+  """`fun(leaves, residuals, count)` on local shards, manual over all inner axes as well.
+
+  `leaves` and `residuals` are lists sharded by `specs` (a residual may be None); so are the two
+  lists that `fun` returns.
+  """
+  inner = inner_axes()
+  if not inner:
+    return fun
+
+  def call(leaves, residuals, count):
+    residual_specs = [None if r is None else s for r, s in zip(residuals, specs)]
+    return jax.shard_map(
+      fun,
+      in_specs=(specs, residual_specs, P()),
+      out_specs=(specs, residual_specs),
+      axis_names=set(inner),
+    )(leaves, residuals, count)
+
+  return call
+
+
+def fold_in_shard(key: jax.Array, spec: P) -> jax.Array:
+  """A key of its own for every shard of a leaf; equal keys where the leaf is replicated."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  for axis in _names(spec):
+    if axis in manual:
+      key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+  return key
+
+
+def _names(spec: P) -> list[str]:
+  parts = [p if isinstance(p, tuple) else (p,) for p in spec if p is not None]
+  return [name for part in parts for name in part]
+
+
+def _only(spec: P, axes: tuple[str, ...]) -> P:
+  """`spec` without the axes that are not in `axes`."""
+
+  def keep(part):
+    names = tuple(n for n in (part if isinstance(part, tuple) else (part,)) if n in axes)
+    return names or None
+
+  return P(*(keep(part) for part in spec))

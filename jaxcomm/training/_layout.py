@@ -1,0 +1,220 @@
+"""Where each leaf of a training state lives: equal everywhere, or one value per replica."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxcomm import _axes
+from jaxcomm.transforms import apply_updates
+
+AxisType = jax.sharding.AxisType
+P = jax.sharding.PartitionSpec
+
+
+class TrainState(struct.PyTreeNode):
+  """What training carries. Leaves that differ per replica have a leading `replica` axis.
+
+  Attributes:
+    step: int32[], equal everywhere; steps taken.
+    params: parameters; stacked over replicas if the method lets them differ.
+    opt_state: of the optax transform, stacked leaf by leaf where it differs.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """Placement of a `TrainState` on a mesh.
+
+  Attributes:
+    mesh: has an axis `replica`, of size 1 if replicas are stacked on the devices.
+    num_replicas: R.
+    param_specs: `PartitionSpec` of every parameter over the other axes.
+    varying: `TrainState` of bool: which leaves have a leading axis of size R.
+    shapes: `TrainState` of `jax.ShapeDtypeStruct` with `NamedSharding`.
+  """
+
+  mesh: jax.sharding.Mesh
+  num_replicas: int
+  param_specs: Any
+  varying: TrainState
+  shapes: TrainState
+
+  @property
+  def stacked(self) -> bool:
+    """Whether replicas share devices (`jax.vmap`) instead of having their own."""
+    return self.mesh.shape["replica"] != self.num_replicas
+
+  @property
+  def shardings(self) -> TrainState:
+    """`TrainState` of `NamedSharding`."""
+    return jax.tree.map(lambda s: s.sharding, self.shapes)
+
+  def stack(self, state: TrainState) -> TrainState:
+    """Copies the leaves that will differ to every replica."""
+
+    def leaf(x, varies):
+      return jnp.broadcast_to(x, (self.num_replicas, *x.shape)) if varies else x
+
+    return jax.tree.map(leaf, state, self.varying)
+
+  def automatic(self, fun: Callable, out_specs: Any) -> Callable:
+    """`fun` with Explicit inner axes left to the compiler; `out_specs` fix its results' types."""
+    kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types))
+    explicit = {a for a, kind in kinds.items() if kind == AxisType.Explicit and a != "replica"}
+    if not explicit:
+      return fun
+    return jax.sharding.auto_axes(fun, axes=explicit, out_sharding=out_specs)
+
+  def over_replicas(self, fun: Callable, *, returns_state: bool = True) -> Callable:
+    """Lifts `fun(state, batch)` of one replica to the stacked state and the global batch.
+
+    `fun` returns `(state, metrics)`, or only metrics; metrics come back as float32[R].
+    """
+    local = fun if returns_state else lambda state, batch: ((), fun(state, batch))
+    lifted = self._vmapped if self.stacked else self._sharded
+    out = lifted(local, self.varying if returns_state else ())
+    return out if returns_state else lambda state, batch: out(state, batch)[1]
+
+  def _sharded(self, fun: Callable, varying_out: Any) -> Callable:
+    def spec(varies):
+      return P("replica") if varies else P()
+
+    def body(state, batch):
+      state = jax.tree.map(lambda x, varies: x[0] if varies else x, state, self.varying)
+      state, metrics = fun(state, batch)
+      lead = lambda x: _axes.vary(x, "replica")[None]  # noqa: E731
+      state = jax.tree.map(lambda x, varies: lead(x) if varies else x, state, varying_out)
+      return state, jax.tree.map(lambda x: lead(jnp.asarray(x, jnp.float32)), metrics)
+
+    return jax.shard_map(
+      body,
+      mesh=self.mesh,
+      in_specs=(jax.tree.map(spec, self.varying), P("replica")),
+      out_specs=(jax.tree.map(spec, varying_out), P("replica")),
+      axis_names={"replica"},
+    )
+
+  def _vmapped(self, fun: Callable, varying_out: Any) -> Callable:
+    def axis(varies):
+      return 0 if varies else None
+
+    def call(state, batch):
+      split = lambda x: x.reshape(self.num_replicas, -1, *x.shape[1:])  # noqa: E731
+      return jax.vmap(
+        fun,
+        in_axes=(jax.tree.map(axis, self.varying), 0),
+        out_axes=(jax.tree.map(axis, varying_out), 0),
+        axis_name="replica",
+      )(state, jax.tree.map(split, batch))
+
+    return call
+
+
+def init_state(
+  init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  """The state of one replica at step 0."""
+  params = init_params(key)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def make_layout(
+  init_params: Callable[[jax.Array], Any],
+  tx: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  param_specs: Any,
+  num_replicas: int,
+) -> Layout:
+  """Finds by types which leaves differ per replica, and gives every leaf a sharding."""
+  if mesh.shape["replica"] != num_replicas and AxisType.Explicit in mesh.axis_types:
+    raise ValueError(
+      "replicas can be stacked on the devices only on a `mesh` of Auto axes,"
+      f" got {dict(zip(mesh.axis_names, mesh.axis_types))}."
+    )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  shapes = jax.eval_shape(lambda k: init_state(init_params, tx, k), key)
+  if param_specs is None or isinstance(param_specs, P):
+    one = P() if param_specs is None else param_specs
+    param_specs = jax.tree.map(lambda _: one, shapes.params)
+  opt_specs = optax.tree.map_params(
+    tx,
+    lambda _, spec: spec,
+    shapes.opt_state,
+    param_specs,
+    transform_non_params=lambda _: P(),
+  )
+  specs = TrainState(P(), param_specs, opt_specs)
+  varying = _varying_leaves(tx, mesh, num_replicas, shapes, specs)
+  replica = "replica" if mesh.shape["replica"] == num_replicas else None
+
+  def place(shape, spec, varies):
+    lead = (num_replicas,) if varies else ()
+    spec = P(replica, *spec) if varies else spec
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct((*lead, *shape.shape), shape.dtype, sharding=sharding)
+
+  return Layout(
+    mesh=mesh,
+    num_replicas=num_replicas,
+    param_specs=param_specs,
+    varying=varying,
+    shapes=jax.tree.map(place, shapes, specs, varying),
+  )
+
+
+def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
+  """Least set of leaves typed as differing over `replica` that one update maps into itself.
+
+  Everything starts equal; gradients differ. What an update types as varying must be stored per
+  replica, which may make more vary, until nothing changes.
+  """
+  sizes = {**mesh.shape, "replica": num_replicas}
+  abstract = jax.sharding.AbstractMesh(
+    tuple(sizes.values()), tuple(sizes), axis_types=mesh.axis_types
+  )
+  varying = jax.tree.map(lambda _: False, shapes)
+  while True:
+    found = _vary_once(tx, abstract, varying, shapes, specs)
+    if found == varying:
+      return varying
+    varying = found
+
+
+def _vary_once(tx, mesh, varying, shapes, specs) -> TrainState:
+  found: list[TrainState] = []
+
+  def update(state: TrainState, grads):
+    local = lambda x, varies: x[0] if varies else x  # noqa: E731
+    state = jax.tree.map(local, state, varying)
+    grads = jax.tree.map(lambda g: g[0], grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = apply_updates(state.params, updates, opt_state)
+    new = TrainState(state.step, params, opt_state)
+    differs = jax.tree.map(lambda x: "replica" in _axes.varying_axes(x), new)
+    found.append(jax.tree.map(lambda a, b: a or b, differs, varying))
+    return ()
+
+  def stacked(shape, spec, varies):
+    lead = (mesh.shape["replica"],) if varies else ()
+    sharding = jax.NamedSharding(mesh, P("replica", *spec) if varies else spec)
+    return jax.ShapeDtypeStruct((*lead, *shape.shape), shape.dtype, sharding=sharding)
+
+  manual = jax.shard_map(
+    update,
+    mesh=mesh,
+    in_specs=(jax.tree.map(lambda v: P("replica") if v else P(), varying), P("replica")),
+    out_specs=(),
+    axis_names={"replica"},
+  )
+  grads = jax.tree.map(lambda s, p: stacked(s, p, True), shapes.params, specs.params)
+  jax.eval_shape(manual, jax.tree.map(stacked, shapes, specs, varying), grads)
+  return found[-1]

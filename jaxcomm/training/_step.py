@@ -1,0 +1,143 @@
+"""From a loss, an optax transform and a mesh to one compiled training step.
+
+The step is manual over `replica` only: there the transform decides what crosses the slow link.
+Everything else (`data`, `fsdp`) is left to the compiler through shardings.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcomm import _axes
+from jaxcomm.training._layout import Layout, TrainState, init_state, make_layout
+from jaxcomm.transforms import apply_updates, just_synced, outer_params
+
+P = jax.sharding.PartitionSpec
+LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStep:
+  """A training step with the layout of its state. Made by `make_train_step`.
+
+  Attributes:
+    init: `init(key) -> TrainState`, sharded: no device holds more than its part.
+    step: `step(state, batch) -> (state, metrics)`, jitted, donates `state`. Metrics are float32[R],
+      one value per replica (nothing crosses the slow link for them); `synced`, bool[], says
+      whether this step ended a round, if the method has rounds.
+    evaluate: `evaluate(state, batch) -> {"loss_sum", "tokens"}`, float32[R] each: at the outer
+      parameters where the method keeps them, else at each replica's own; every replica takes its
+      rows of the batch.
+    layout: which leaves differ per replica, and the sharding of each.
+    tx: the optax transform.
+  """
+
+  init: Callable[[jax.Array], TrainState]
+  step: Any
+  evaluate: Any
+  layout: Layout
+  tx: optax.GradientTransformation
+
+  @property
+  def batch_sharding(self) -> jax.sharding.NamedSharding:
+    """Of every leaf of a batch: rows over all axes of the mesh."""
+    return jax.NamedSharding(self.layout.mesh, P(self.layout.mesh.axis_names))
+
+  def abstract_batch(self, batch: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s like `batch`, with its sharding."""
+    sharding = self.batch_sharding
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+    )
+
+  def compile(self, batch: Any) -> jax.stages.Compiled:
+    """The compiled step for batches shaped like `batch`; nothing runs."""
+    return self.step.lower(self.layout.shapes, self.abstract_batch(batch)).compile()
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  init_params: Callable[[jax.Array], Any],
+  tx: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  *,
+  param_specs: Any = None,
+  num_replicas: int | None = None,
+) -> TrainStep:
+  """Builds the step; which state differs per replica is read from the types of the update.
+
+  Wire: over `replica` only what `tx` sends; over the other axes what the compiler inserts for
+  data parallelism and FSDP.
+
+  Args:
+    loss_fn: `(params, batch) -> (loss, aux)`: the mean loss over the batch given, and a dict of
+      scalars (`tokens`, the number of targets, weights the evaluation).
+    init_params: `key -> params`, traceable.
+    tx: transform that averages over `replica` (`pmean_over`, `diloco`, ...).
+    mesh: with an axis `replica`; the other axes shard batch and parameters.
+    param_specs: a `PartitionSpec` per parameter over the other axes; default replicated.
+    num_replicas: default the size of the mesh axis. More, with a mesh axis of size 1, stacks the
+      replicas on the devices under `jax.vmap`.
+
+  Raises:
+    ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, or replicas are
+      to be stacked on a mesh with Explicit axes.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, jaxcomm
+    >>> from jaxcomm.training import make_train_step
+    >>> mesh = jax.make_mesh((1,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> loss = lambda p, batch: (jnp.mean((p["w"] - batch["x"]) ** 2), {})
+    >>> tx = jaxcomm.diloco(optax.sgd(0.1), sync_period=10)
+    >>> ts = make_train_step(loss, lambda key: {"w": jnp.zeros(())}, tx, mesh, num_replicas=2)
+    >>> state, metrics = ts.step(ts.init(jax.random.key(0)), {"x": jnp.ones((4,))})
+    >>> metrics["loss"].tolist(), state.params["w"].shape
+    ([1.0, 1.0], (2,))
+  """
+  if "replica" not in mesh.shape:
+    raise ValueError(f"`mesh` must have an axis 'replica', got axes {mesh.axis_names}.")
+  num_replicas = mesh.shape["replica"] if num_replicas is None else num_replicas
+  if mesh.shape["replica"] not in (1, num_replicas):
+    raise ValueError(
+      f"mesh axis 'replica' must have size 1 or `num_replicas`={num_replicas},"
+      f" got {mesh.shape['replica']}."
+    )
+  layout = make_layout(init_params, tx, mesh, param_specs, num_replicas)
+  evaluate_fn = layout.automatic(loss_fn, P())
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  grad_fn = layout.automatic(grad_fn, ((P(), P()), layout.param_specs))
+
+  def local_step(state: TrainState, batch):
+    params = _axes.vary(state.params, "replica")  # else the gradient arrives already summed
+    (loss, aux), grads = grad_fn(params, batch)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = apply_updates(state.params, updates, opt_state)
+    return TrainState(state.step + 1, params, opt_state), {"loss": loss, **aux}
+
+  def local_eval(state: TrainState, batch):
+    anchor, params = outer_params(state.opt_state), state.params
+    if anchor is not None:
+      params = jax.tree.map(lambda a, p: a.astype(p.dtype), anchor, params)
+    loss, aux = evaluate_fn(params, batch)
+    tokens = jnp.asarray(aux.get("tokens", 1.0), jnp.float32)
+    return {"loss_sum": loss.astype(jnp.float32) * tokens, "tokens": tokens}
+
+  def step(state, batch):
+    state, metrics = layout.over_replicas(local_step)(state, batch)
+    synced = just_synced(state.opt_state)
+    return state, metrics if synced is None else {**metrics, "synced": synced}
+
+  def init(key):
+    return layout.stack(init_state(init_params, tx, key))
+
+  return TrainStep(
+    init=jax.jit(init, out_shardings=layout.shardings),
+    step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None)),
+    evaluate=jax.jit(layout.over_replicas(local_eval, returns_state=False)),
+    layout=layout,
+    tx=tx,
+  )

@@ -1,0 +1,148 @@
+"""The skeleton shared by all methods that exchange rarely: inner steps, then an outer step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcomm import _axes
+
+
+class LocalUpdatesState(NamedTuple):
+  """State of `local_sgd` and `diloco`.
+
+  Attributes:
+    count: int32[], equal on all devices; inner steps taken.
+    synced: bool[], equal on all devices; whether the last update ended a round.
+    anchor: like the parameters, float32, equal on all replicas: the outer parameters.
+    inner_state: of the inner optimizer, differs per replica.
+    outer_state: of the outer chain, equal on all replicas except error-feedback residuals.
+  """
+
+  count: jax.Array
+  synced: jax.Array
+  anchor: optax.Params
+  inner_state: optax.OptState
+  outer_state: optax.OptState
+
+
+def local_updates(
+  inner: optax.GradientTransformation,
+  outer: optax.GradientTransformation,
+  *,
+  sync_period: int | jax.Array,
+  axis_name: str,
+) -> optax.GradientTransformationExtraArgs:
+  """`sync_period` inner steps per replica, then one step of `outer` on the pseudo-gradient."""
+  _check_period(sync_period)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    anchor = optax.tree.cast(params, jnp.float32)
+    return LocalUpdatesState(
+      count=jnp.zeros((), jnp.int32),
+      synced=jnp.zeros((), jnp.bool_),
+      anchor=jax.tree.map(jnp.copy, anchor),  # donation: never the parameters' own buffer
+      inner_state=inner.init(params),
+      outer_state=outer.init(anchor),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError("`params` must be given to update: the pseudo-gradient needs them.")
+    _axes.axis_size(axis_name)
+    updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+    count = optax.safe_increment(state.count)
+    synced = count % sync_period == 0
+
+    def sync(updates, anchor, outer_state):
+      local = optax.apply_updates(params, updates)
+      pseudo_gradient = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), anchor, local)
+      step, outer_state = outer.update(pseudo_gradient, outer_state, anchor)
+      _check_equal(step, axis_name)
+      anchor = jax.tree.map(jnp.add, anchor, step)
+      back = jax.tree.map(lambda a, p, u: (a - p).astype(u.dtype), anchor, params, updates)
+      return back, anchor, outer_state
+
+    def keep(*args):
+      return args
+
+    updates, anchor, outer_state = _axes.cond(
+      synced, sync, keep, updates, state.anchor, state.outer_state
+    )
+    return updates, LocalUpdatesState(count, synced, anchor, inner_state, outer_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def outer_params(opt_state: Any) -> optax.Params | None:
+  """The outer parameters Θ (float32) inside any optax state; None if no method keeps them.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> from jaxcomm import local_sgd, outer_params
+    >>> tx = local_sgd(optax.sgd(0.1), sync_period=4)
+    >>> outer_params(tx.init({"w": jnp.ones(2)}))["w"].tolist()
+    [1.0, 1.0]
+  """
+  state = _find(opt_state)
+  return None if state is None else state.anchor
+
+
+def just_synced(opt_state: Any) -> jax.Array | None:
+  """bool[]: whether the last update exchanged over the slow axis; None if every update does."""
+  state = _find(opt_state)
+  return None if state is None else state.synced
+
+
+def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) -> optax.Params:
+  """`optax.apply_updates`, and after a synchronisation exactly the outer parameters.
+
+  `p + (Θ - p)` differs from Θ in the last bit, by another amount on every replica. With
+  `optax.apply_updates` replicas therefore agree after a sync up to rounding; with this function
+  they agree bit for bit. The method must be the last of its chain.
+
+  Args:
+    params: parameters before the step.
+    updates: what `tx.update` returned.
+    opt_state: the *new* state that `tx.update` returned.
+
+  Returns:
+    New parameters, each leaf in its own dtype.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, jaxcomm
+    >>> tx = jaxcomm.local_sgd(optax.sgd(0.1), sync_period=1)
+    >>> def step(p, g):
+    ...   updates, state = tx.update(g, tx.init(p), p)
+    ...   return jaxcomm.apply_updates(p, updates, state)
+    >>> jax.vmap(step, axis_name="replica")(jnp.ones(2), jnp.array([0.0, 2.0])).tolist()
+    [0.8999999761581421, 0.8999999761581421]
+  """
+  new = optax.apply_updates(params, updates)
+  state = _find(opt_state)
+  if state is None or jax.tree.structure(state.anchor) != jax.tree.structure(new):
+    return new  # nothing to agree on, or a masked subset of the parameters
+  return jax.tree.map(lambda p, a: jnp.where(state.synced, a.astype(p.dtype), p), new, state.anchor)
+
+
+def _find(opt_state: Any) -> LocalUpdatesState | None:
+  is_state = lambda x: isinstance(x, LocalUpdatesState)  # noqa: E731
+  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+  return found[0] if len(found) == 1 else None
+
+
+def _check_period(sync_period: Any) -> None:
+  if isinstance(sync_period, jax.Array):
+    return  # a hyperparameter injected by optax
+  if isinstance(sync_period, bool) or not isinstance(sync_period, int) or sync_period < 1:
+    raise ValueError(f"`sync_period` must be an integer >= 1 (inner steps), got {sync_period!r}.")
+
+
+def _check_equal(step: Any, axis_name: str) -> None:
+  if any(axis_name in _axes.varying_axes(x) for x in jax.tree.leaves(step)):
+    raise ValueError(
+      f"`outer` must average over axis `{axis_name}`, but its updates differ per replica: put"
+      f' pmean_over("{axis_name}") or compressed_mean("{axis_name}", ...) first in its chain.'
+    )

@@ -1,0 +1,39 @@
+"""The exact mean over an axis: the baseline that every compressed mean is compared with."""
+
+import jax
+import optax
+
+from jaxcomm import _axes
+
+
+def pmean_over(axis_name: str) -> optax.GradientTransformation:
+  r"""Mean of the updates over `axis_name`: :math:`u = \frac1N \sum_i g_i`.
+
+  The sum is taken in float32 and returned in each leaf's own dtype; the state is empty.
+
+  Wire: one all-reduce of float32 per leaf and update, a ring sends :math:`2\frac{N-1}{N} 4d` bytes
+  per device for `d` elements. Works inside `jax.shard_map` and `jax.vmap(axis_name=...)`, also
+  where leaves are sharded over other mesh axes.
+
+  Args:
+    axis_name: mesh axis (or vmapped axis) to average over.
+
+  Returns:
+    A `GradientTransformation`; its update raises `ValueError` where `axis_name` is unbound.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from jaxcomm import pmean_over
+    >>> tx = optax.chain(pmean_over("replica"), optax.sgd(1.0))
+    >>> grads = jnp.array([[1.0], [3.0]])  # two replicas
+    >>> step = lambda g: tx.update(g, tx.init(g))[0]
+    >>> jax.vmap(step, axis_name="replica")(grads).tolist()
+    [[-2.0], [-2.0]]
+  """
+
+  def update_fn(updates, state, params=None):
+    del params
+    _axes.axis_size(axis_name)  # a clear error when the axis is unbound
+    return jax.tree.map(lambda g: _axes.pmean_f32(g, axis_name), updates), state
+
+  return optax.GradientTransformation(optax.init_empty_state, update_fn)
