@@ -1,0 +1,112 @@
+"""Which devices talk in a collective, and along which mesh axes.
+
+Device ids here are flattened, `replica * num_partitions + partition`, which is the position in
+`mesh.devices.flat` of the mesh that the program was compiled for.
+"""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from jaxcomm.inspect._hlo import Instruction, Module
+
+Groups = tuple[tuple[int, ...], ...]
+
+_IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_LIST = re.compile(r"^\{\s*(\{[\d,\s]*\}\s*,?\s*)*\}$")
+
+
+def parse_groups(text: str) -> Groups:
+  """Reads `{{0,1},{2,3}}`, `{}` (no groups listed) or the iota form `[2,4]<=[4,2]T(1,0)`.
+
+  The iota form means `arange(8).reshape(4, 2).transpose(1, 0).reshape(2, 4)`, a group per row.
+
+  Raises:
+    ValueError: `text` is none of these, or its sizes do not agree.
+
+  Example:
+    >>> parse_groups("[4,2]<=[2,4]T(1,0)")
+    ((0, 4), (1, 5), (2, 6), (3, 7))
+  """
+  text = text.strip()
+  iota = _IOTA.match(text)
+  if iota:
+    return _iota_groups(text, *(_ints(part) for part in iota.groups()))
+  if not _LIST.match(text):
+    raise ValueError(f"`compiled` has device groups that cannot be read: {text[:120]!r}.")
+  return tuple(_ints(group) for group in re.findall(r"\{([^{}]+)\}", text))
+
+
+def device_groups(instruction: Instruction, module: Module) -> Groups:
+  """The groups of flattened device ids of a collective (for a permutation: who is linked to whom).
+
+  Raises:
+    ValueError: the groups cannot be read or name a device that the program does not have.
+  """
+  attributes = instruction.attributes
+  replicas, partitions = module.replica_count, module.num_partitions
+  if "source_target_pairs" in attributes:
+    groups = _linked(parse_groups(attributes["source_target_pairs"]))
+  else:
+    groups = parse_groups(attributes.get("replica_groups", "{}"))
+  # XLA's four group modes: https://openxla.org/xla/operation_semantics, and
+  # xla/service/collective_ops_utils.h. Without a channel the ids are replicas; with one they are
+  # partitions, or replicas together with all their partitions, or flattened ids.
+  if attributes.get("use_global_device_ids") == "true":
+    devices = groups or (tuple(range(replicas * partitions)),)
+  elif "channel_id" not in attributes:
+    groups = groups or (tuple(range(replicas)),)
+    devices = tuple(tuple(r * partitions + p for r in g) for g in groups for p in range(partitions))
+  elif instruction.opcode.startswith(("all-to-all", "collective-permute")):
+    groups = groups or (tuple(range(partitions)),)
+    devices = tuple(tuple(r * partitions + p for p in g) for g in groups for r in range(replicas))
+  else:
+    groups = groups or (tuple(range(replicas)),)
+    devices = tuple(tuple(r * partitions + p for r in g for p in range(partitions)) for g in groups)
+  if any(d >= replicas * partitions for group in devices for d in group):
+    raise ValueError(
+      f"`compiled` runs on {replicas * partitions} devices, but `{instruction.name}` names others:"
+      f" {devices}."
+    )
+  return devices
+
+
+def axis_names(groups: Groups, mesh: Any) -> str:
+  """The mesh axes along which the members of a group differ, joined by commas; `none` if alone.
+
+  Without a mesh, the first group and the number of groups: `{0,4}x4`.
+  """
+  groups = tuple(group for group in groups if len(group) > 1)
+  if not groups:
+    return "none"
+  if mesh is None:
+    return "{" + ",".join(map(str, groups[0])) + "}x" + str(len(groups))
+  shape = tuple(mesh.shape.values())
+  spanned: set[int] = set()
+  for group in groups:
+    coordinates = np.stack(np.unravel_index(group, shape))
+    spanned.update(np.flatnonzero((coordinates != coordinates[:, :1]).any(axis=1)).tolist())
+  return ",".join(mesh.axis_names[i] for i in sorted(spanned))
+
+
+def _iota_groups(text: str, sizes: Any, dims: Any, permutation: Any) -> Groups:
+  permutation = permutation or tuple(range(len(dims)))
+  if math.prod(sizes) != math.prod(dims) or sorted(permutation) != list(range(len(dims))):
+    raise ValueError(f"`compiled` has iota groups whose sizes do not agree: {text!r}.")
+  ids = np.arange(math.prod(dims)).reshape(dims).transpose(permutation)
+  return tuple(tuple(row) for row in ids.reshape(sizes[0], -1).tolist())
+
+
+def _linked(pairs: Groups) -> Groups:
+  """Connected components of the graph of `(source, target)` pairs."""
+  component: dict[int, set[int]] = {}
+  for pair in pairs:
+    merged = set().union(*(component.get(device, {device}) for device in pair))
+    component.update(dict.fromkeys(merged, merged))
+  return tuple(sorted({tuple(sorted(members)) for members in component.values()}))
+
+
+def _ints(text: str | None) -> tuple[int, ...]:
+  return tuple(int(part) for part in (text or "").split(",") if part.strip())
