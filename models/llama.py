@@ -8,6 +8,7 @@ H query heads, K key/value heads, C head width. Parameters of the layers are sta
 axis L, which names leave out: `params["layers"]["q_DHC"]` is float32[L, D, H, C].
 """
 
+import functools
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from models._llama_config import (
   tiny,
 )
 from models.rope import Llama3RopeScaling
-from parallel.sharding import shard_batch
+from parallel.sharding import call_with_auto_axes, gather_fsdp, shard_batch
 
 __all__ = [
   "Llama3RopeScaling",
@@ -173,6 +174,15 @@ def apply(
     (2, 8, 512)
   """
   _check_inputs(tokens_BS, cfg, positions, segment_ids)
+  batch_axes = tuple(jax.typeof(tokens_BS).sharding.spec)[:1]
+  forward = functools.partial(_forward, cfg=cfg)
+  logits_BSV = call_with_auto_axes(
+    forward, params, tokens_BS, positions, segment_ids, out_spec=jax.P(*batch_axes)
+  )
+  return logits_BSV, {}
+
+
+def _forward(params, tokens_BS, positions, segment_ids, cfg: LlamaConfig):
   seq_len = tokens_BS.shape[1]
   if positions is None:
     positions = jnp.arange(seq_len)[None]
@@ -181,18 +191,18 @@ def apply(
   mask = _attention.causal_mask(seq_len, segment_ids)
 
   def body(x_BSD, layer):
-    return _layer(shard_batch(x_BSD), layer, cos_sin, mask, cfg), None
+    return shard_batch(_layer(x_BSD, layer, cos_sin, mask, cfg)), None
 
   if cfg.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICY[cfg.remat], prevent_cse=False)
-  x_BSD = params["embed_VD"].astype(cfg.dtype)[tokens_BS]
-  x_BSD = _vary_like(x_BSD, (params, cos_sin, mask))
+  x_BSD = gather_fsdp(params["embed_VD"].astype(cfg.dtype), 1)[tokens_BS]
+  x_BSD = shard_batch(_vary_like(x_BSD, (params, cos_sin, mask)))
   if cfg.scan_layers:
     x_BSD, _ = jax.lax.scan(body, x_BSD, params["layers"])
   else:
     for i in range(cfg.num_layers):
       x_BSD, _ = body(x_BSD, jax.tree.map(lambda p, i=i: p[i], params["layers"]))
-  return _logits(shard_batch(x_BSD), params, cfg), {}
+  return _logits(x_BSD, params, cfg)
 
 
 _REMAT_POLICY = {

@@ -1,6 +1,7 @@
 """Device meshes and the names of their axes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def make_mesh(
   data: int = 1,
   fsdp: int = 1,
   devices: Sequence[jax.Device] | None = None,
-  axis_types: AxisType = AxisType.Auto,
+  axis_types: Any = AxisType.Auto,
 ) -> jax.sharding.Mesh:
   """Mesh with the axes `("replica", "data", "fsdp")`, all present even at size 1.
 
@@ -35,10 +36,11 @@ def make_mesh(
     data: devices along plain data parallelism.
     fsdp: devices over which parameters and optimizer state are sharded.
     devices: defaults to `jax.devices()`; the first `replica * data * fsdp` are used.
-    axis_types: type of all three axes.
+    axis_types: `jax.sharding.AxisType` of all three axes.
 
   Raises:
-    ValueError: a size is not positive, or there are fewer devices than their product.
+    ValueError: a size is not positive, there are fewer devices than their product, or
+      `axis_types` is not one `AxisType`.
 
   Example:
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
@@ -48,6 +50,8 @@ def make_mesh(
   for name, size in sizes.items():
     if size < 1:
       raise ValueError(f"`{name}` must be at least 1, got {size}.")
+  if not isinstance(axis_types, AxisType):
+    raise ValueError(f"`axis_types` must be one jax.sharding.AxisType, got {axis_types!r}.")
   devices = jax.devices() if devices is None else devices
   needed = replica * data * fsdp
   if needed > len(devices):

@@ -1,6 +1,7 @@
 """From the logical axes of a model to the axes of a mesh."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,9 +66,7 @@ def _leaf_spec(name, logical, shape, mesh, rules) -> jax.P:
     if repeated := used.intersection(axes):
       raise ValueError(f"`rules` use the mesh axes {sorted(repeated)} twice in {name}: {logical}.")
     used.update(axes)
-    count = 1
-    for axis in axes:
-      count *= mesh.shape[axis]
+    count = math.prod(mesh.shape[axis] for axis in axes)
     if shape[dim] % count:
       raise ValueError(
         f"`shapes` of {name}: dimension {dim} ('{label}') has size {shape[dim]}, which must be"
@@ -109,18 +108,54 @@ def batch_spec(mesh: jax.sharding.Mesh) -> jax.P:
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-  """Asks the compiler to keep dimension 0 of `x` over the automatic data and fsdp axes.
+  """Asks the compiler to keep dimension 0 of `x` over the automatic axes of a batch.
 
-  Without it the compiler may shard activations as the weights are, which moves activations
-  instead of weights. Does nothing without a mesh in context (`jax.set_mesh`, `jax.shard_map`),
-  or where the axes do not divide the dimension.
+  Without it the compiler may shard activations as the weights are, and then moves activations
+  instead of weights. Changes no value. Does nothing where `x` is on no mesh, or where the axes do
+  not divide the dimension.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(a for a in (REPLICA, DATA, FSDP) if a in mesh.auto_axes and mesh.shape[a] > 1)
-  count = 1
-  for axis in axes:
-    count *= mesh.shape[axis]
+  axes = _auto_batch_axes(x)
+  count = math.prod(_mesh(x).shape[axis] for axis in axes)
   if not axes or x.shape[0] % count:
     return x
-  rest = (jax.P.UNCONSTRAINED,) * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, jax.P(axes, *rest))
+  return _constrain(x, jax.P(axes, *(jax.P.UNCONSTRAINED,) * (x.ndim - 1)))
+
+
+def gather_fsdp(x: jax.Array, dim: int) -> jax.Array:
+  """Asks the compiler for all of dimension `dim` of a weight on each device, before its use.
+
+  Wire: an all-gather over `fsdp`, and in the backward pass a sum over the axes of the batch.
+  Changes no value. Does nothing where `x` is on no mesh.
+  """
+  if not _auto_batch_axes(x):
+    return x
+  dims: list[Any] = [jax.P.UNCONSTRAINED] * x.ndim
+  dims[dim] = None
+  return _constrain(x, jax.P(*dims))
+
+
+def _mesh(x) -> jax.sharding.AbstractMesh:
+  return jax.typeof(x).sharding.mesh
+
+
+def _auto_batch_axes(x) -> tuple[str, ...]:
+  mesh = _mesh(x)
+  return tuple(a for a in (REPLICA, DATA, FSDP) if a in mesh.auto_axes and mesh.shape[a] > 1)
+
+
+def _constrain(x, spec):
+  return jax.lax.with_sharding_constraint(x, jax.NamedSharding(_mesh(x), spec))
+
+
+def call_with_auto_axes(fn: Callable[..., Any], *args: Any, out_spec: jax.P) -> Any:
+  """`fn(*args)` with the Explicit mesh axes of `args` made automatic inside; equal values.
+
+  For code that leaves shardings to the compiler. Types, and so gradients, keep the shardings of
+  `args`; the outputs get `out_spec`. On a mesh without Explicit axes it is `fn(*args)`.
+  """
+  explicit = [m for m in map(_mesh, jax.tree.leaves(args)) if m.explicit_axes]
+  if not explicit:
+    return fn(*args)
+  with jax.sharding.use_abstract_mesh(explicit[0]):
+    auto = jax.sharding.auto_axes(fn, axes=explicit[0].explicit_axes, out_sharding=out_spec)
+    return auto(*args)
