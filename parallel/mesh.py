@@ -24,8 +24,8 @@ def make_mesh(
   replica: int = 1,
   data: int = 1,
   fsdp: int = 1,
-  devices: Sequence[jax.Device] | None = None,
-  axis_types: Any = AxisType.Auto,
+  devices: Sequence[Any] | None = None,
+  axis_types: AxisType = AxisType.Auto,
 ) -> jax.sharding.Mesh:
   """Mesh with the axes `("replica", "data", "fsdp")`, all present even at size 1.
 
