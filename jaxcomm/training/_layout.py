@@ -72,7 +72,7 @@ class Layout:
     explicit = {a for a, kind in kinds.items() if kind == AxisType.Explicit and a != "replica"}
     if not explicit:
       return fun
-    return jax.sharding.auto_axes(fun, axes=explicit, out_sharding=out_specs)
+    return jax.sharding.auto_axes(fun, axes=tuple(sorted(explicit)), out_sharding=out_specs)
 
   def over_replicas(self, fun: Callable, *, returns_state: bool = True) -> Callable:
     """Lifts `fun(state, batch)` of one replica to the stacked state and the global batch.

@@ -50,9 +50,7 @@ class TrainStep:
   def abstract_batch(self, batch: Any) -> Any:
     """`jax.ShapeDtypeStruct`s like `batch`, with its sharding."""
     sharding = self.batch_sharding
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
   def compile(self, batch: Any) -> jax.stages.Compiled:
     """The compiled step for batches shaped like `batch`; nothing runs."""

@@ -1,0 +1,259 @@
+"""Quality at equal tokens: data parallel, DiLoCo (H = 5, 20, 50), one replica, no communication.
+
+Every method gets the same tuning budget of eight full-length runs on seed 100 (four learning
+rates; then, at the best of them, four outer settings for DiLoCo or four finer rates for the
+others) and is then run with seeds 0, 1 and 2. DiLoCo is tuned with float32 means, and the 4-bit
+runs reuse its settings. Replicas are stacked on one device, one process per core.
+
+    python scripts/bench_quality.py --out docs/evidence/quality.jsonl    # resumes where it stopped
+    python scripts/bench_quality.py --report docs/evidence               # table and curves
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import time
+
+STEPS, BATCH_SIZE, SEQ_LEN, REPLICAS, VOCAB = 3000, 16, 32, 4, 512
+EVAL_BATCH, EVAL_BATCHES, EVAL_EVERY = 64, 32, 300
+TUNE_SEED, SEEDS = 100, (0, 1, 2)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 16e-3)
+FINER = (0.6, 0.8, 1.25, 1.6)
+OUTER = ((0.7, 0.9), (0.7, 0.6), (1.0, 0.3), (1.0, 0.5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """One run. `sync_period` 0 means: no rounds (`ddp`, `one`, `none`)."""
+
+  method: str  # ddp | diloco | one | none
+  sync_period: int = 0
+  compressor: str = "none"
+  lr: float
+  outer_lr: float = 1.0
+  outer_momentum: float = 0.0
+  seed: int
+
+
+@functools.cache
+def _data():
+  from jaxcomm import data
+
+  corpus = data.prepare_text("sympy", vocab_size=VOCAB)
+  train = data.load_text(corpus, split="train", seq_len=SEQ_LEN)
+  validation = data.load_text(corpus, split="validation", seq_len=SEQ_LEN)
+  return train, list(data.eval_batches(validation, EVAL_BATCH, EVAL_BATCHES))
+
+
+@functools.cache
+def _train_step(method: str, sync_period: int, compressor: str):
+  """One compiled step for all hyperparameters: they are part of the optimizer state."""
+  import jax
+  import optax
+
+  import jaxcomm
+  from jaxcomm.training import make_train_step
+  from models import llama
+
+  shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 100, STEPS, end_value=0.1)
+  inner = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.scale_by_adam(b1=0.9, b2=0.95),
+    optax.add_decayed_weights(0.1),
+    optax.scale_by_schedule(shape),
+    optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=0.0),
+  )
+  mean = jaxcomm.pmean_over("replica")
+  if compressor != "none":
+    mean = jaxcomm.compressed_mean("replica", getattr(jaxcomm, compressor)())
+  if method == "diloco":
+    sgd = optax.inject_hyperparams(optax.sgd, static_args=("nesterov",))
+    outer = optax.chain(mean, sgd(learning_rate=0.0, momentum=0.0, nesterov=True))
+    tx = jaxcomm.diloco(inner, outer, sync_period=sync_period)
+  else:
+    tx = optax.chain(mean, inner) if method == "ddp" else inner
+  cfg = llama.nano()
+  mesh = jax.make_mesh((1,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,))
+  return make_train_step(
+    lambda params, batch: llama.loss(params, batch, cfg),
+    lambda key: llama.init(key, cfg),
+    tx,
+    mesh,
+    num_replicas=1 if method == "one" else REPLICAS,
+  )
+
+
+def _with_hyperparams(opt_state, job: Job):
+  import jax.numpy as jnp
+  import optax
+
+  def put(state, **values):
+    return optax.tree.set(state, **{k: jnp.asarray(v, jnp.float32) for k, v in values.items()})
+
+  if job.method != "diloco":
+    return put(opt_state, learning_rate=job.lr)
+  outer = put(opt_state.outer_state, learning_rate=job.outer_lr, momentum=job.outer_momentum)
+  return opt_state._replace(
+    inner_state=put(opt_state.inner_state, learning_rate=job.lr), outer_state=outer
+  )
+
+
+def _set_up_worker():
+  os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/xla").absolute()))
+
+
+def run(job: Job) -> dict:
+  """Trains one configuration and returns its evaluation curve."""
+  import jax
+  import numpy as np
+
+  from jaxcomm import data
+
+  train, validation = _data()
+  ts = _train_step(job.method, job.sync_period, job.compressor)
+  state = ts.init(jax.random.key(job.seed))
+  state = state.replace(opt_state=_with_hyperparams(state.opt_state, job))
+  # One replica alone sees what the first of four sees: a quarter of the rows, as many steps.
+  rows = BATCH_SIZE // REPLICAS if job.method == "one" else BATCH_SIZE
+  batches = data.batches(train, batch_size=BATCH_SIZE, seed=job.seed, row_count=rows)
+
+  def evaluate():
+    parts = [ts.evaluate(state, batch) for batch in validation]
+    total = {k: sum(np.asarray(p[k], np.float64).sum() for p in parts) for k in parts[0]}
+    return float(total["loss_sum"] / total["tokens"])
+
+  start, curve = time.perf_counter(), []
+  for step in range(STEPS):
+    if step % EVAL_EVERY == 0:
+      curve.append([step, evaluate()])
+    state, _ = ts.step(state, next(batches))
+  curve.append([STEPS, evaluate()])
+  seconds = round(time.perf_counter() - start, 1)
+  return {**dataclasses.asdict(job), "eval_loss": curve[-1][1], "curve": curve, "seconds": seconds}
+
+
+class Results:
+  """Finished runs on disk, one JSON object per line; each configuration runs once."""
+
+  def __init__(self, path: pathlib.Path, pool: concurrent.futures.Executor):
+    self._path, self._pool, self._done = path, pool, {}
+    if path.exists():
+      for line in path.read_text().splitlines():
+        row = json.loads(line)
+        self._done[Job(**{f.name: row[f.name] for f in dataclasses.fields(Job)})] = row
+
+  def losses(self, jobs: list[Job]) -> list[float]:
+    """Evaluation losses of `jobs`, in order, running what is missing."""
+    running = {self._pool.submit(run, job): job for job in jobs if job not in self._done}
+    for future in concurrent.futures.as_completed(running):
+      job, row = running[future], future.result()
+      self._done[job] = row
+      with self._path.open("a") as f:
+        f.write(json.dumps(row) + "\n")
+      print(f"{row['eval_loss']:.4f} {row['seconds']:6.1f}s {job}", flush=True)
+    return [self._done[job]["eval_loss"] for job in jobs]
+
+
+METHODS = (
+  {"method": "ddp"},
+  {"method": "one"},
+  {"method": "none"},
+  {"method": "diloco", "sync_period": 5},
+  {"method": "diloco", "sync_period": 20},
+  {"method": "diloco", "sync_period": 50},
+)
+
+
+def tune_and_run(results: Results) -> None:
+  """The whole experiment; all methods of a phase share the pool."""
+  coarse = [[Job(**m, lr=lr, seed=TUNE_SEED) for lr in LEARNING_RATES] for m in METHODS]
+  losses = iter(results.losses([job for jobs in coarse for job in jobs]))
+  best = [min(zip([next(losses) for _ in jobs], range(9), jobs))[2] for jobs in coarse]
+
+  def refine(job: Job) -> list[Job]:
+    if job.method != "diloco":
+      return [dataclasses.replace(job, lr=job.lr * f) for f in FINER]
+    return [dataclasses.replace(job, outer_lr=v, outer_momentum=m) for v, m in OUTER]
+
+  fine = [[job, *refine(job)] for job in best]
+  losses = iter(results.losses([job for jobs in fine for job in jobs]))
+  best = [min(zip([next(losses) for _ in jobs], range(9), jobs))[2] for jobs in fine]
+  final = [dataclasses.replace(job, seed=seed) for seed in SEEDS for job in best]
+  quantized = [
+    dataclasses.replace(job, compressor="int4") for job in final if job.method == "diloco"
+  ]
+  results.losses(final + quantized)
+
+
+def report(directory: pathlib.Path) -> None:
+  """Prints the table of the reported seeds and draws the curves."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  rows = [json.loads(s) for s in (directory / "quality.jsonl").read_text().splitlines()]
+  groups: dict[tuple, list[dict]] = {}
+  for row in rows:
+    if row["seed"] in SEEDS:
+      groups.setdefault((row["method"], row["sync_period"], row["compressor"]), []).append(row)
+  base = statistics.mean(r["eval_loss"] for r in groups["ddp", 0, "none"])
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+  print("| method | H | mean over replicas | lr | outer lr | momentum | loss | per seed | to ddp |")
+  print("|---|---|---|---|---|---|---|---|---|")
+  curves = {}
+  for key, runs in sorted(groups.items()):
+    losses = [r["eval_loss"] for r in sorted(runs, key=lambda r: r["seed"])]
+    mean, first = statistics.mean(losses), runs[0]
+    print(
+      f"| {key[0]} | {key[1] or '-'} | {'f32' if key[2] == 'none' else key[2]} |"
+      f" {first['lr']:.2e} | {first['outer_lr']} | {first['outer_momentum']} | {mean:.4f} |"
+      f" {', '.join(f'{x:.4f}' for x in losses)} | {100 * (mean / base - 1):+.2f} % |"
+    )
+    steps = [s for s, _ in first["curve"]]
+    curves[key] = [statistics.mean(r["curve"][i][1] for r in runs) for i in range(len(steps))]
+    label = f"{key[0]}{f' H={key[1]}' if key[1] else ''}{' 4-bit' if key[2] != 'none' else ''}"
+    left.plot(steps[1:], curves[key][1:], label=label, ls="--" if key[2] != "none" else "-")
+    if key[0] == "diloco":
+      gap = [100 * (a / b - 1) for a, b in zip(curves[key], curves.get(("ddp", 0, "none"), []))]
+      rounds = [s / key[1] for s in steps]
+      right.plot(rounds[1:], gap[1:], label=label, ls="--" if key[2] != "none" else "-")
+  left.set(xlabel="step", ylabel="evaluation loss (nats/token)", ylim=(None, 5.0))
+  right.set(xlabel="rounds", ylabel="gap to ddp (%)", xscale="log")
+  for axes in (left, right):
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+  figure.tight_layout()
+  figure.savefig(directory / "quality.png", dpi=120)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--out", type=pathlib.Path, help="JSON lines, one per run")
+  parser.add_argument("--report", type=pathlib.Path, help="folder that holds quality.jsonl")
+  parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+  args = parser.parse_args()
+  if args.out:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+      args.workers, mp_context=spawn, initializer=_set_up_worker
+    ) as pool:
+      tune_and_run(Results(args.out, pool))
+  if args.report:
+    report(args.report)
+
+
+if __name__ == "__main__":
+  main()
