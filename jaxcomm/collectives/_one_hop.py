@@ -10,7 +10,9 @@ from jaxcomm.collectives._common import (
   as_differing,
   check_axis_size,
   hop_key,
+  mean_in_order,
   nothing_to_send,
+  wire_codec,
 )
 from jaxcomm.compressors import Compressor
 
@@ -73,14 +75,10 @@ def _one_hop(
   if n == 1 or x.size == 0:
     return nothing_to_send(x, axis_name, compressor, key)
   with jax.named_scope("allgather_pmean"):
-
-    def decompress(payload):
-      return compressor.decompress(payload, x.shape)
-
-    sent = compressor.compress(hop_key(key, axis_name, 0), x)
-    gathered = _axes.all_gather_equal(sent, axis_name)
-    mean = jax.vmap(decompress)(gathered).sum(0) / n
-    return mean, x.astype(jnp.float32) - decompress(sent)
+    encode, decode = wire_codec(compressor, x.shape, key)
+    sent = encode(hop_key(key, axis_name, 0), x)
+    mean = mean_in_order(decode, _axes.all_gather_equal(sent, axis_name))
+    return mean, x.astype(jnp.float32) - decode(sent)
 
 
 def allgather_pmean_bytes(shape: Any, axis_size: int, compressor: Compressor) -> int:

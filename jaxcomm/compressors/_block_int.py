@@ -87,7 +87,6 @@ class BlockInt:
   def compress(self, key: jax.Array | None, x: jax.Array) -> Payload:
     """Codes and scales of `x`, any shape and float dtype; see the class."""
     check_float(x)
-    _blocks.check_key(key, self.rounding)
     x_KB = _blocks.to_blocks(x.astype(jnp.float32), self.block_size)
     scale_K1 = _blocks.integer_scale(_blocks.block_absmax(x_KB), self.qmax)
     ratio_KB = _blocks.divide_by_scale(x_KB, scale_K1, self.qmax)
@@ -102,7 +101,7 @@ class BlockInt:
       return jnp.round(ratio).astype(jnp.int8)
     low = jnp.floor(ratio)
     # Not floor(ratio + u): that sum is itself rounded, which biases large codes.
-    up = jax.random.uniform(key, ratio.shape) < ratio - low
+    up = _blocks.uniform(key, ratio.shape) < ratio - low
     return low.astype(jnp.int8) + up.astype(jnp.int8)
 
   def decompress(

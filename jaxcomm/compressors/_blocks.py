@@ -28,10 +28,11 @@ def check_fields(block_size: int, rounding: str, *, packed: bool) -> None:
     raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {rounding!r}.")
 
 
-def check_key(key: jax.Array | None, rounding: str) -> None:
-  """Raises ValueError when stochastic rounding has no key."""
-  if rounding == "stochastic" and key is None:
+def uniform(key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+  """Noise in [0, 1) for stochastic rounding. Raises ValueError when there is no key."""
+  if key is None:
     raise ValueError("`key` must be a jax.random key for stochastic rounding, got None.")
+  return jax.random.uniform(key, shape)
 
 
 def num_elements(shape: tuple[int, ...]) -> int:

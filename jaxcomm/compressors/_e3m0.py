@@ -77,7 +77,6 @@ class E3M0:
   def compress(self, key: jax.Array | None, x: jax.Array) -> Payload:
     """Codes and scales of `x`, any shape and float dtype; see the class."""
     check_float(x)
-    _blocks.check_key(key, self.rounding)
     x_KB = _blocks.to_blocks(x.astype(jnp.float32), self.block_size)
     scale_K1 = _blocks.block_absmax(x_KB)
     ratio_KB = _blocks.divide_by_scale(x_KB, scale_K1, 1.0)
@@ -95,7 +94,7 @@ class E3M0:
     index = _count_reached(ratio, LEVELS[1:])
     low, high = _level(index), _level(jnp.minimum(index + 1, 7))
     # At the top level both neighbours are 1 and 0 < 0 keeps it there.
-    up = jax.random.uniform(key, ratio.shape) * (high - low) < ratio - low
+    up = _blocks.uniform(key, ratio.shape) * (high - low) < ratio - low
     return index + up.astype(jnp.uint8)
 
   def decompress(
