@@ -48,7 +48,8 @@ class Corpus:
 
   def split(self, split: str) -> tuple[Document, ...]:
     """The documents of `split`, in order."""
-    return tuple(d for d in self.documents if d.split == check_split(split))
+    check_split(split)
+    return tuple(d for d in self.documents if d.split == split)
 
 
 def load_corpus(source: str | os.PathLike[str] = "sympy") -> Corpus:

@@ -7,7 +7,6 @@ Nothing crosses the wire here: each process reads its own rows of the global bat
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from jaxcomm.data.text import TextCorpus
 
 if TYPE_CHECKING:
   import grain
+
+_ENDLESS = 2**40  # batches; grain counts in int64 and rounds in float64
 
 
 class PackedSource:
@@ -137,13 +138,10 @@ def batches(
   row_count = _check_rows(dataset, batch_size, row_start, row_count)
   if not 0 <= seed < 2**32:
     raise ValueError(f"`seed` must be in [0, 2**32), got {seed}.")
-  num_batches = sys.maxsize // batch_size if repeat else len(dataset) // batch_size
+  num_batches = _ENDLESS if repeat else len(dataset) // batch_size
   stream = dataset.shuffle(seed) if shuffle else dataset
   stream = stream.repeat() if repeat else stream
-  rows = _rows(stream, num_batches, batch_size, row_start, row_count)
-  # One thread hides the latency of reading; more only contend for the interpreter.
-  options = require("grain").ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  return iter(rows.to_iter_dataset(options))
+  return iter(_rows(stream, num_batches, batch_size, row_start, row_count))
 
 
 def eval_batches(
@@ -153,7 +151,7 @@ def eval_batches(
   *,
   row_start: int = 0,
   row_count: int | None = None,
-) -> grain.MapDataset:
+) -> grain.IterDataset:
   """The first `num_batches` whole batches of `dataset`, in order, all of one shape.
 
   Args:
@@ -164,7 +162,7 @@ def eval_batches(
     row_count: number of rows that it reads; default: all from `row_start`.
 
   Returns:
-    A `grain.MapDataset` of `num_batches` batches, which can be iterated over again and again.
+    A `grain.IterDataset` of `num_batches` batches; every iteration starts from the first.
 
   Raises:
     ValueError: the dataset has fewer batches, or rows lie outside the batch.
@@ -224,11 +222,14 @@ def _check_rows(
 
 def _rows(
   stream: grain.MapDataset, num_batches: int, batch_size: int, row_start: int, row_count: int
-) -> grain.MapDataset:
+) -> grain.IterDataset:
   """Batch s: elements `s * batch_size + row_start + [0, row_count)` of `stream`."""
+  grain = require("grain")
 
   def element(i):
     step, row = divmod(int(i), row_count)
     return stream[step * batch_size + row_start + row]
 
-  return require("grain").MapDataset.range(num_batches * row_count).map(element).batch(row_count)
+  rows = grain.MapDataset.range(num_batches * row_count).map(element).batch(row_count)
+  # One thread hides the latency of reading; more only contend for the interpreter.
+  return rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
