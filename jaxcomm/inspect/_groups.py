@@ -4,6 +4,7 @@ Device ids here are flattened, `replica * num_partitions + partition`, which is 
 `mesh.devices.flat` of the mesh that the program was compiled for.
 """
 
+import itertools
 import math
 import re
 from typing import Any
@@ -15,13 +16,18 @@ from jaxcomm.inspect._hlo import Instruction, Module
 Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_MESH = re.compile(r"^@?mesh[\[<]([^\]>]*)[\]>]\s*\{([^{}]*)\}$")
 _LIST = re.compile(r"^\{\s*(\{[\d,\s]*\}\s*,?\s*)*\}$")
 
 
 def parse_groups(text: str) -> Groups:
-  """Reads `{{0,1},{2,3}}`, `{}` (no groups listed) or the iota form `[2,4]<=[4,2]T(1,0)`.
+  """Reads the device groups of a collective in the three forms that XLA prints.
 
-  The iota form means `arange(8).reshape(4, 2).transpose(1, 0).reshape(2, 4)`, a group per row.
+  - a list, `{{0,1},{2,3}}`; `{}` lists no groups and means all devices;
+  - iota, `[2,4]<=[4,2]T(1,0)`: `arange(8).reshape(4, 2).transpose(1, 0).reshape(2, 4)`, a group
+    per row;
+  - axes of a mesh, `mesh['a'=2,'b'=4] {'b'}`: devices that differ in `b` only. `'b':(2)2` is a part
+    of an axis: `b` seen as (2, 2), of which the second.
 
   Raises:
     ValueError: `text` is none of these, or its sizes do not agree.
@@ -34,6 +40,9 @@ def parse_groups(text: str) -> Groups:
   iota = _IOTA.match(text)
   if iota:
     return _iota_groups(text, *(_ints(part) for part in iota.groups()))
+  mesh = _MESH.match(text)
+  if mesh:
+    return _mesh_groups(text, *mesh.groups())
   if not _LIST.match(text):
     raise ValueError(f"`compiled` has device groups that cannot be read: {text[:120]!r}.")
   return tuple(_ints(group) for group in re.findall(r"\{([^{}]+)\}", text))
@@ -97,6 +106,32 @@ def _iota_groups(text: str, sizes: Any, dims: Any, permutation: Any) -> Groups:
     raise ValueError(f"`compiled` has iota groups whose sizes do not agree: {text!r}.")
   ids = np.arange(math.prod(dims)).reshape(dims).transpose(permutation)
   return tuple(tuple(row) for row in ids.reshape(sizes[0], -1).tolist())
+
+
+def _mesh_groups(text: str, axes: str, grouped: str) -> Groups:
+  sizes = {name: int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", axes)}
+  parts = []  # (axis, elements to its left in that axis, size)
+  for part in filter(None, (part.strip() for part in grouped.split(","))):
+    name, _, sub = part.partition(":")
+    numbers = re.fullmatch(r"\((\d+)\)(\d+)", sub)
+    if name not in sizes or bool(sub) != bool(numbers):
+      raise ValueError(f"`compiled` has mesh groups that cannot be read: {text!r}.")
+    parts.append((name, *(map(int, numbers.groups()) if numbers else (1, sizes[name]))))
+  # Every axis is cut where a part begins or ends; `dims` are the pieces, outermost first.
+  dims, members = [], {part: [] for part in parts}
+  for axis, size in sizes.items():
+    cuts = {1, size}.union(*({left, left * n} for name, left, n in parts if name == axis))
+    for begin, end in itertools.pairwise(sorted(cuts)):
+      for name, left, n in parts:
+        if name == axis and left <= begin and end <= left * n:
+          members[name, left, n].append(len(dims))
+      dims.append(end // begin)
+  inner = [i for part in parts for i in members[part]]
+  outer = [i for i in range(len(dims)) if i not in inner]
+  if math.prod(dims) != math.prod(sizes.values()) or len(set(inner)) != len(inner):
+    raise ValueError(f"`compiled` has mesh groups whose sizes do not agree: {text!r}.")
+  ids = np.arange(math.prod(dims)).reshape(dims).transpose(outer + inner)
+  return tuple(tuple(row) for row in ids.reshape(-1, math.prod(dims[i] for i in inner)).tolist())
 
 
 def _linked(pairs: Groups) -> Groups:

@@ -1,5 +1,6 @@
 """The wire meter: bytes that each device sends, read from the compiled program."""
 
+import re
 from typing import Any
 
 import jax
@@ -55,13 +56,16 @@ def collective_bytes(
       (ragged-all-to-all, send and recv, collective-broadcast, a kernel that communicates).
 
   Example:
-    >>> import jax, jax.numpy as jnp
-    >>> mesh = jax.make_mesh((1,), ("data",))
-    >>> f = jax.shard_map(
-    ...   lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P()
-    ... )
-    >>> collective_bytes(jax.jit(f).lower(jnp.ones((1, 256))).compile(), mesh).total
-    0.0
+    >>> hlo = '''HloModule sum, num_partitions=8
+    ...
+    ... ENTRY %main (p: f32[256]) -> f32[256] {
+    ...   %p = f32[256]{0} parameter(0)
+    ...   ROOT %r = f32[256]{0} all-reduce(%p), channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0),
+    ...     use_global_device_ids=true, to_apply=%add
+    ... }'''
+    >>> mesh = jax.sharding.AbstractMesh((2, 4), ("replica", "fsdp"))
+    >>> collective_bytes(hlo, mesh).by_axis
+    {'replica': 1024.0}
   """
   if period is not None and period < 1:
     raise ValueError(f"`period` must be at least 1, got {period}.")
@@ -177,17 +181,22 @@ class _Meter:
     There an asynchronous collective is a fusion with the custom call `AsyncCollectiveStart`, then
     matmul fusions that carry it on, then one with `AsyncCollectiveDone`; each holds a copy of it.
     """
-    chain = instruction.attributes.get("frontend_attributes", "")
-    if scope.site is None or scope.site.opcode != "fusion" or "chain_id=" not in chain:
+    if scope.site is None or scope.site.opcode != "fusion":
       return False
-    targets = {
-      i.attributes.get("custom_call_target")
+    custom_calls = "".join(
+      i.attributes_text
       for i in scope.computation.instructions.values()
       if i.opcode == "custom-call"
-    }
-    starts = '"AsyncCollectiveStart"' in targets
-    (self._chains_started if starts else self._chains_continued).add(chain)
-    return not starts
+    )
+    chain = re.search(r'chain_id="(\d+)"', instruction.attributes_text)
+    chain_id = chain.group(1) if chain else ""
+    if "AsyncCollectiveStart" in custom_calls:
+      self._chains_started.add(chain_id)
+      return False
+    if chain or "AsyncCollectiveDone" in custom_calls:
+      self._chains_continued.add(chain_id)
+      return True
+    return False
 
   def _has_collective(self, name: str) -> bool:
     """Whether the computation, or one that it calls, has a collective."""
