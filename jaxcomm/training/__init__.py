@@ -1,6 +1,51 @@
 """Training: the step builder, the loop, checkpoints and run folders."""
 
+from jaxcomm.training._checkpoints import (
+  CheckpointError,
+  Checkpoints,
+  ReplicaChange,
+  Restored,
+  tree_digest,
+)
+from jaxcomm.training._launch import RunConfig, launch, start_devices
 from jaxcomm.training._layout import Layout, TrainState
+from jaxcomm.training._loop import Loop, LoopConfig, LoopResult, NonFiniteLossError
+from jaxcomm.training._progress import Progress, format_bytes
+from jaxcomm.training._replicas import average_replicas, broadcast_replica
+from jaxcomm.training._report import plot_report
+from jaxcomm.training._run import Task, run
+from jaxcomm.training._run_folder import RunFolder, RunFolderError, load_config, read_metrics
 from jaxcomm.training._step import TrainStep, make_train_step
+from jaxcomm.training._wire import StepWire, step_wire
 
-__all__ = ["Layout", "TrainState", "TrainStep", "make_train_step"]
+__all__ = [
+  "CheckpointError",
+  "Checkpoints",
+  "Layout",
+  "Loop",
+  "LoopConfig",
+  "LoopResult",
+  "NonFiniteLossError",
+  "Progress",
+  "ReplicaChange",
+  "Restored",
+  "RunConfig",
+  "RunFolder",
+  "RunFolderError",
+  "StepWire",
+  "Task",
+  "TrainState",
+  "TrainStep",
+  "average_replicas",
+  "broadcast_replica",
+  "format_bytes",
+  "launch",
+  "load_config",
+  "make_train_step",
+  "plot_report",
+  "read_metrics",
+  "run",
+  "start_devices",
+  "step_wire",
+  "tree_digest",
+]

@@ -70,10 +70,8 @@ class Checkpoints:
       ),
     )
 
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc):
+  def close(self) -> None:
+    """Frees the manager's threads."""
     self._manager.close()
 
   @property

@@ -52,6 +52,25 @@ class TrainStep:
     sharding = self.batch_sharding
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
+  def local_rows(self, batch_size: int) -> dict[str, int]:
+    """`row_start` and `row_count`: the rows of a global batch that this process reads.
+
+    Raises:
+      ValueError: `batch_size` is not divisible by the mesh, or this process's rows are not
+        neighbours (order the devices by process).
+    """
+    sharding = self.batch_sharding
+    if batch_size % self.layout.mesh.size or batch_size % self.layout.num_replicas:
+      raise ValueError(
+        f"`batch_size` must be divisible by the {self.layout.mesh.size} devices and the"
+        f" {self.layout.num_replicas} replicas, got {batch_size}."
+      )
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({i for (part,) in parts for i in range(*part.indices(batch_size))})
+    if rows[-1] - rows[0] + 1 != len(rows):
+      raise ValueError(f"the rows of this process must be neighbours in `mesh`, got {rows}.")
+    return {"row_start": rows[0], "row_count": len(rows)}
+
   def compile(self, batch: Any) -> jax.stages.Compiled:
     """The compiled step for batches shaped like `batch`; nothing runs."""
     return self.step.lower(self.layout.shapes, self.abstract_batch(batch)).compile()

@@ -1,0 +1,185 @@
+"""Train a language model over slow links, and see what crossed them.
+
+    python examples/train_lm.py --out runs/diloco                  # DiLoCo, 4-bit outer mean
+    python examples/train_lm.py --out runs/ddp --method ddp        # the baseline
+    python examples/train_lm.py --out runs/diloco --resume         # after any kind of stop
+    python examples/train_lm.py --preset llama3_8b --dry-run       # compile only
+
+The default (1.0M parameters, 4 replicas on virtual CPU devices, 20 steps between two exchanges)
+takes about a minute on two cores: evaluation loss from 7.6 to about 5, about 1/150 of the bytes of
+data parallelism.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcomm
+from jaxcomm import data
+from jaxcomm.training import RunConfig, Task, launch, make_train_step, run, start_devices
+from models import llama
+from parallel import make_mesh, mesh_specs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+  """Flags of `train_lm.py`."""
+
+  model: Literal["llama"] = "llama"
+  """architecture"""
+  preset: Literal[
+    "nano", "tiny", "small", "llama3_2_1b", "llama3_2_3b", "llama3_8b", "llama3_70b", "llama3_405b"
+  ] = "tiny"
+  """size of the model"""
+  method: Literal["ddp", "diloco", "local_sgd", "none"] = "diloco"
+  """ddp: mean gradient every step; diloco, local_sgd: a mean every --sync-period; none: never"""
+  compressor: Literal["auto", "none", "int8", "int4", "e3m0"] = "auto"
+  """what the mean sends; auto: int4 for diloco, float32 otherwise"""
+  error_feedback: bool = False
+  """carry what compression lost into the next mean"""
+  sync_period: int = 20
+  """steps between two exchanges"""
+  batch_size: int = 16
+  """sequences per step, over all replicas"""
+  seq_len: int = 64
+  """tokens per sequence"""
+  lr: float = 4e-3
+  """peak learning rate of AdamW"""
+  outer_lr: float = 0.7
+  """learning rate of DiLoCo's outer SGD"""
+  outer_momentum: float = 0.6
+  """Nesterov momentum of DiLoCo's outer SGD"""
+  warmup: int = 50
+  """steps of linear warm-up; then a cosine down to a tenth"""
+  schedule_steps: int | None = None
+  """length of the learning-rate schedule; default --steps"""
+  weight_decay: float = 0.1
+  """decoupled, of AdamW"""
+  data: str = "sympy"
+  """sympy, or the path of a text file"""
+  vocab_size: int | None = None
+  """of tokenizer and model; default the preset's, at most 8192 for the tokenizer"""
+  eval_batches: int = 8
+  """batches per evaluation"""
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("sync_period", "batch_size", "seq_len", "eval_batches"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+    for name in ("lr", "outer_lr"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+    if not 0 <= self.outer_momentum < 1:
+      raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
+    shards = self.replicas * self.data_parallel * self.fsdp
+    if self.batch_size % shards:
+      raise ValueError(
+        f"`batch_size` must be divisible by replicas * data_parallel * fsdp = {shards}, got"
+        f" {self.batch_size}."
+      )
+    if self.method == "none" and self.compressor not in ("auto", "none"):
+      raise ValueError(f"`compressor` has no effect with method 'none', got {self.compressor!r}.")
+
+
+def build_mean(config: Config, specs) -> optax.GradientTransformation:
+  """The mean over `replica` that the flags ask for."""
+  name = config.compressor
+  if name == "auto":
+    name = "int4" if config.method == "diloco" else "none"
+  if name == "none":
+    return jaxcomm.pmean_over("replica")
+  compressor = {"int8": jaxcomm.int8, "int4": jaxcomm.int4, "e3m0": jaxcomm.e3m0}[name]()
+  return jaxcomm.compressed_mean(
+    "replica", compressor, error_feedback=config.error_feedback, specs=specs, seed=config.seed
+  )
+
+
+def build_transform(config: Config, specs) -> optax.GradientTransformation:
+  """The optimizer: the method around AdamW."""
+  steps = config.schedule_steps or config.steps
+  warmup = min(config.warmup, steps // 2)
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.lr, warmup, steps, end_value=0.1 * config.lr
+  )
+  adamw = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
+  inner = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+  if config.method == "none":
+    return inner
+  mean = build_mean(config, specs)
+  if config.method == "ddp":
+    return optax.chain(mean, inner)
+  if config.method == "local_sgd":
+    return jaxcomm.local_sgd(inner, sync_period=config.sync_period, mean=mean)
+  nesterov = optax.sgd(config.outer_lr, momentum=config.outer_momentum, nesterov=True)
+  return jaxcomm.diloco(inner, optax.chain(mean, nesterov), sync_period=config.sync_period)
+
+
+def build_data(config: Config, model: llama.LlamaConfig, rows: dict[str, int]):
+  """This process's training rows, the evaluation batches, and the corpus."""
+  corpus = data.prepare_text(config.data, vocab_size=min(model.vocab_size, 8192))
+  for split in ("train", "validation"):
+    data.check_token_ids(corpus.tokens(split), model.vocab_size)
+  train = data.load_text(corpus, split="train", seq_len=config.seq_len)
+  validation = data.load_text(corpus, split="validation", seq_len=config.seq_len)
+  available = len(validation) // config.batch_size
+  batches = data.batches(train, batch_size=config.batch_size, seed=config.seed, **rows)
+  evaluation = data.eval_batches(
+    validation, config.batch_size, min(config.eval_batches, max(available, 1)), **rows
+  )
+  return batches, evaluation, corpus
+
+
+def main(config: Config) -> None:
+  """Builds mesh, model, data and method, and runs them."""
+  if config.schedule_steps is None:
+    config = dataclasses.replace(config, schedule_steps=config.steps)
+  devices = start_devices(config)
+  inner = config.data_parallel * config.fsdp
+  mesh = make_mesh(
+    replica=len(devices) // inner, data=config.data_parallel, fsdp=config.fsdp, devices=devices
+  )
+  model = getattr(llama, config.preset)()
+  if config.vocab_size is not None:
+    model = dataclasses.replace(model, vocab_size=config.vocab_size)
+
+  def init(key):
+    return llama.init(key, model)
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  specs = mesh_specs(llama.specs(model), shapes, mesh)
+  train_step = make_train_step(
+    lambda params, batch: llama.loss(params, batch, model),
+    init,
+    build_transform(config, specs),
+    mesh,
+    param_specs=specs,
+    num_replicas=config.replicas,
+  )
+  batches, evaluation, corpus = build_data(config, model, train_step.local_rows(config.batch_size))
+  rows = (config.batch_size, config.seq_len)
+  dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
+  dtypes["loss_mask"] = jnp.float32
+  rounds = config.sync_period if config.method in ("diloco", "local_sgd") else None
+  run(
+    config,
+    Task(
+      train_step=train_step,
+      batches=batches,
+      eval_batches=lambda: evaluation,
+      batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
+      tokens_per_step=int(np.prod(rows)),
+      sync_period=rounds,
+      data={"name": corpus.meta["source"], "sha256": corpus.meta["text_sha256"]},
+      title=f"train_lm: {config.preset} {config.model}, {config.method}"
+      + (f" every {rounds} steps" if rounds else ""),
+    ),
+  )
+
+
+if __name__ == "__main__":
+  launch(Config, main, description=__doc__)
