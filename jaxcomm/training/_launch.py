@@ -173,11 +173,10 @@ def start_devices(config: RunConfig) -> list[Any]:
 
 
 def _before_start(local_devices: int, config: RunConfig) -> None:
-  from jax._src import xla_bridge
-
-  if xla_bridge.backends_are_initialized():
-    return  # called from a program that has chosen its devices
-  jax.config.update("jax_num_cpu_devices", local_devices)
+  try:
+    jax.config.update("jax_num_cpu_devices", local_devices)
+  except RuntimeError:
+    return  # called from a program that has started JAX on devices of its own
   cache = os.environ.get("JAXCOMM_CACHE")
   if cache and jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
