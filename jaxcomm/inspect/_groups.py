@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomm.inspect._hlo import Instruction, Module
+from jaxcomm.inspect._hlo import MAX_DEVICES, Instruction, Module
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -102,7 +102,11 @@ def axis_names(groups: Groups, mesh: Any) -> str:
 
 def _iota_groups(text: str, sizes: Any, dims: Any, permutation: Any) -> Groups:
   permutation = permutation or tuple(range(len(dims)))
-  if math.prod(sizes) != math.prod(dims) or sorted(permutation) != list(range(len(dims))):
+  if (
+    math.prod(sizes) != math.prod(dims)
+    or math.prod(dims) > MAX_DEVICES
+    or sorted(permutation) != list(range(len(dims)))
+  ):
     raise ValueError(f"`compiled` has iota groups whose sizes do not agree: {text!r}.")
   ids = np.arange(math.prod(dims)).reshape(dims).transpose(permutation)
   return tuple(tuple(row) for row in ids.reshape(sizes[0], -1).tolist())
@@ -128,7 +132,8 @@ def _mesh_groups(text: str, axes: str, grouped: str) -> Groups:
       dims.append(end // begin)
   inner = [i for part in parts for i in members[part]]
   outer = [i for i in range(len(dims)) if i not in inner]
-  if math.prod(dims) != math.prod(sizes.values()) or len(set(inner)) != len(inner):
+  total = math.prod(sizes.values())
+  if math.prod(dims) != total or total > MAX_DEVICES or len(set(inner)) != len(inner):
     raise ValueError(f"`compiled` has mesh groups whose sizes do not agree: {text!r}.")
   ids = np.arange(math.prod(dims)).reshape(dims).transpose(outer + inner)
   return tuple(tuple(row) for row in ids.reshape(-1, math.prod(dims[i] for i in inner)).tolist())

@@ -18,6 +18,8 @@ import math
 import re
 from collections.abc import Iterator
 
+MAX_DEVICES = 2**20  # damaged text must not ask for the memory of more
+
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[(){}\[\],]')
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([^\s=(),{}]+)\s*(?:\(.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT\s+)?%?([^\s=(),{}]+)\s+=\s+(.*)$", re.DOTALL)
@@ -62,6 +64,28 @@ class Instruction:
     """Text of every `key=value` after the operands, at the outermost level."""
     pairs = (part.strip().partition("=") for part in split_commas(self.attributes_text))
     return {key: value for key, equals, value in pairs if equals}
+
+  @functools.cached_property
+  def index(self) -> int:
+    """Number of a parameter, or of the element that a get-tuple-element takes.
+
+    Raises:
+      ValueError: there is none.
+    """
+    text = self.arguments if self.opcode == "parameter" else self.attributes.get("index", "")
+    if not text.strip().isdecimal():
+      raise ValueError(f"`compiled` has a {self.opcode} without a number, `{self.name}`.")
+    return int(text)
+
+  def computation_named(self, key: str) -> str:
+    """Name of the computation that the attribute `key` holds.
+
+    Raises:
+      ValueError: there is no such attribute.
+    """
+    if key not in self.attributes:
+      raise ValueError(f"`compiled` has a {self.opcode} without `{key}`, `{self.name}`.")
+    return self.attributes[key].lstrip("%")
 
   @functools.cached_property
   def called(self) -> tuple[str, ...]:
@@ -240,4 +264,7 @@ def _bits(dtype: str, layout: str) -> int:
 
 def _header_number(head: str, key: str) -> int:
   m = re.search(rf"\b{key}=(\d+)", head)
-  return int(m.group(1)) if m else 1
+  number = int(m.group(1)) if m else 1
+  if not 1 <= number <= MAX_DEVICES:
+    raise ValueError(f"`compiled` must have 1 to {MAX_DEVICES} devices, got {key}={number}.")
+  return number

@@ -59,7 +59,7 @@ class _Evaluator:
     self.steps = 0
 
   def trip_count(self, scope: Scope, loop: Instruction) -> int | None:
-    condition = self._enter(scope, loop, loop.attributes.get("condition", ""))
+    condition = self._enter(scope, loop, loop.computation_named("condition"))
     found = condition and self._comparison(condition, condition.computation.root)
     if not found:
       return None
@@ -101,7 +101,7 @@ class _Evaluator:
     if opcode == "tuple" and path and path[0] < len(operands):
       return self.value(scope, operands[path[0]], path[1:], depth + 1)
     if opcode == "get-tuple-element":
-      path = (int(instruction.attributes["index"]), *path)
+      path = (instruction.index, *path)
       return self.value(scope, operands[0], path, depth + 1)
     if opcode == "while" and self._is_constant(scope, instruction, path):
       return self.value(scope, operands[0], path, depth + 1)
@@ -115,17 +115,17 @@ class _Evaluator:
       return None
     if site.opcode == "while" and not self._is_constant(scope.caller, site, path):
       return _Value(0, site.name, path)
-    index = scope.first_operand + int(parameter.arguments)
+    index = scope.first_operand + parameter.index
     return self.value(scope.caller, site.operands[index], path, depth)
 
   def _update(self, scope: Scope, loop: Instruction, path: tuple[int, ...]) -> _Value | None:
     """What the body makes of the element at `path`."""
-    body = self._enter(scope, loop, loop.attributes.get("body", ""))
+    body = self._enter(scope, loop, loop.computation_named("body"))
     return body and self.value(body, body.computation.root, path)
 
   def _is_constant(self, scope: Scope | None, loop: Instruction, path: tuple[int, ...]) -> bool:
     """Whether every iteration hands on the element unchanged."""
-    body = scope and self._enter(scope, loop, loop.attributes.get("body", ""))
+    body = scope and self._enter(scope, loop, loop.computation_named("body"))
     if not body:
       return False
     name, rest = body.computation.root, path
@@ -137,7 +137,7 @@ class _Evaluator:
       if current.opcode == "tuple" and rest and rest[0] < len(current.operands):
         name, rest = current.operands[rest[0]], rest[1:]
       elif current.opcode == "get-tuple-element":
-        rest = (int(current.attributes["index"]), *rest)
+        rest = (current.index, *rest)
       elif current.opcode not in _SAME_VALUE:
         return False
     return False
@@ -160,7 +160,7 @@ class _Evaluator:
     return None
 
   def _enter(self, scope: Scope, site: Instruction, name: str) -> Scope | None:
-    computation = self.module.computations.get(name.lstrip("%"))
+    computation = self.module.computations.get(name)
     return computation and Scope(computation, scope, site)
 
 

@@ -110,10 +110,9 @@ class WireReport:
     if self.period is None:
       return taken
     least = _sums(self.ops_when(False), key)
-    share = 1 / self.period
     keys = dict.fromkeys([*taken, *least])
-    mixed = {k: share * taken.get(k, 0.0) + (1 - share) * least.get(k, 0.0) for k in keys}
-    return _sorted(mixed)
+    more = {k: taken.get(k, 0.0) - least.get(k, 0.0) for k in keys}
+    return _sorted({k: least.get(k, 0.0) + more[k] / self.period for k in keys})
 
   def __str__(self) -> str:
     """A table: one row per array sent, then bytes per axis and the two ends."""

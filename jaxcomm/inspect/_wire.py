@@ -149,7 +149,7 @@ class _Meter:
       )
     # The condition runs once more than the body.
     for key, runs in (("condition", trips + 1), ("body", trips)):
-      computation = self.module.computation(loop.attributes[key].lstrip("%"))
+      computation = self.module.computation(loop.computation_named(key))
       self.walk(Scope(computation, scope, loop), times * runs, branch)
 
   def _collective(
