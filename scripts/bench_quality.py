@@ -3,8 +3,8 @@
 Every method gets the same tuning budget of eight full-length runs on seed 100 (four learning
 rates, for DiLoCo with plain averaging; then, from the best of them, four finer rates or, for
 DiLoCo, four outer settings with the inner rate divided by outer_lr / (1 - momentum), so that a
-round moves as far) and is then run with seeds 0, 1 and 2. DiLoCo is tuned with float32 means, and the 4-bit
-runs reuse its settings. Replicas are stacked on one device, one process per core.
+round moves as far) and is then run with seeds 0, 1 and 2. DiLoCo is tuned with float32 means, and
+the 4-bit runs reuse its settings. Replicas are stacked on one device, one process per core.
 
 What closes the gap of H = 20 to data parallelism is asked afterwards, with the same settings:
 three times as many steps, and four times as many sequences per step.
