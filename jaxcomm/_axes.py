@@ -60,13 +60,14 @@ def pmean_f32(x: jax.Array, axis_name: str) -> jax.Array:
 
 
 def cond(pred: jax.Array, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
-  """`jax.lax.cond` whose results are typed as varying wherever either branch's result is.
+  """`jax.lax.cond` whose results are typed as varying wherever `pred` or either branch's result is.
 
   Under `shard_map` with replication checks the branches of a plain `lax.cond` must agree in type:
-  "synchronised" (equal everywhere) and "kept" (differs) would not.
+  "synchronised" (equal everywhere) and "kept" (differs) would not. And if `pred` differs the plain
+  one types results of equal branches as equal, which they need not be.
   """
   shapes = [jax.eval_shape(fun, *operands) for fun in (true_fun, false_fun)]
-  axes = jax.tree.map(lambda *s: _Axes(frozenset().union(*map(_axes_of, s))), *shapes)
+  axes = jax.tree.map(lambda *s: _Axes(varying_axes(pred).union(*map(_axes_of, s))), *shapes)
 
   def typed(fun):
     def branch(*args):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from jaxcomm import _axes
-from jaxcomm.transforms import apply_updates
+from jaxcomm.transforms import apply_updates, just_synced
 
 AxisType = jax.sharding.AxisType
 P = jax.sharding.PartitionSpec
@@ -108,15 +108,27 @@ class Layout:
       return 0 if varies else None
 
     def call(state, batch):
-      split = lambda x: x.reshape(self.num_replicas, -1, *x.shape[1:])  # noqa: E731
       return jax.vmap(
         fun,
         in_axes=(jax.tree.map(axis, self.varying), 0),
         out_axes=(jax.tree.map(axis, varying_out), 0),
         axis_name="replica",
-      )(state, jax.tree.map(split, batch))
+      )(state, jax.tree.map(self._split_rows, batch))
 
     return call
+
+  def _split_rows(self, x: jax.Array) -> jax.Array:
+    """[rows, ...] to [R, rows / R, ...], each replica's rows spread over all devices.
+
+    Without the constraint the compiler would give whole replicas to devices, and gather their
+    parameters and optimizer states in every step.
+    """
+    x = x.reshape(self.num_replicas, -1, *x.shape[1:])
+    if x.shape[1] % self.mesh.size:
+      return x
+    return jax.lax.with_sharding_constraint(
+      x, jax.NamedSharding(self.mesh, P(None, self.mesh.axis_names))
+    )
 
 
 def init_state(
@@ -145,15 +157,13 @@ def make_layout(
   if param_specs is None or isinstance(param_specs, P):
     one = P() if param_specs is None else param_specs
     param_specs = jax.tree.map(lambda _: one, shapes.params)
-  opt_specs = optax.tree.map_params(
-    tx,
-    lambda _, spec: spec,
-    shapes.opt_state,
-    param_specs,
-    transform_non_params=lambda _: P(),
-  )
-  specs = TrainState(P(), param_specs, opt_specs)
+  specs = TrainState(cast(Any, P()), param_specs, _opt_specs(tx, shapes, param_specs))
   varying = _varying_leaves(tx, mesh, num_replicas, shapes, specs)
+  if just_synced(varying.opt_state):
+    raise ValueError(
+      "`tx` must end rounds on all replicas at once, but its step counter differs per replica:"
+      " a wrapper such as optax.apply_if_finite belongs inside `inner`."
+    )
   replica = "replica" if mesh.shape["replica"] == num_replicas else None
 
   def place(shape, spec, varies):
@@ -171,6 +181,26 @@ def make_layout(
   )
 
 
+def _opt_specs(tx: optax.GradientTransformation, shapes: TrainState, param_specs: Any) -> Any:
+  """Like the parameters where the state has an array of a parameter's shape, else replicated."""
+  masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+
+  def like_param(x, param, spec):
+    if masked(x):
+      return x
+    return spec if x.shape == param.shape else P()  # factored moments have other shapes
+
+  return optax.tree.map_params(
+    tx,
+    like_param,
+    shapes.opt_state,
+    shapes.params,
+    param_specs,
+    transform_non_params=lambda _: P(),
+    is_leaf=masked,
+  )
+
+
 def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
   """Least set of leaves typed as differing over `replica` that one update maps into itself.
 
@@ -184,7 +214,7 @@ def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
   varying = jax.tree.map(lambda _: False, shapes)
   while True:
     found = _vary_once(tx, abstract, varying, shapes, specs)
-    if found == varying:
+    if jax.tree.leaves(found) == jax.tree.leaves(varying):
       return varying
     varying = found
 
@@ -216,5 +246,13 @@ def _vary_once(tx, mesh, varying, shapes, specs) -> TrainState:
     axis_names={"replica"},
   )
   grads = jax.tree.map(lambda s, p: stacked(s, p, True), shapes.params, specs.params)
-  jax.eval_shape(manual, jax.tree.map(stacked, shapes, specs, varying), grads)
+  try:
+    jax.eval_shape(manual, jax.tree.map(stacked, shapes, specs, varying), grads)
+  except TypeError as e:
+    if "MultiStepsState" not in str(jax.tree.structure(shapes.opt_state)):
+      raise
+    raise ValueError(
+      "`tx` must not hold optax.MultiSteps over values that differ per replica (its two branches"
+      " get unequal types): accumulate gradients in `loss_fn`, or put the mean before it."
+    ) from e
   return found[-1]

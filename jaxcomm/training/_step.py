@@ -14,7 +14,8 @@ import optax
 
 from jaxcomm import _axes
 from jaxcomm.training._layout import Layout, TrainState, init_state, make_layout
-from jaxcomm.transforms import apply_updates, just_synced, outer_params
+from jaxcomm.transforms import apply_updates, just_synced
+from jaxcomm.transforms._local_updates import at_outer_params
 
 P = jax.sharding.PartitionSpec
 LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -56,16 +57,16 @@ class TrainStep:
     """`row_start` and `row_count`: the rows of a global batch that this process reads.
 
     Raises:
-      ValueError: `batch_size` is not divisible by the mesh, or this process's rows are not
-        neighbours (order the devices by process).
+      ValueError: `batch_size` is not divisible by devices and replicas, or the rows of this process
+        are not neighbours (order the devices by process).
     """
-    sharding = self.batch_sharding
-    if batch_size % self.layout.mesh.size or batch_size % self.layout.num_replicas:
+    devices, replicas = self.layout.mesh.size, self.layout.num_replicas
+    if batch_size < 1 or batch_size % devices or batch_size % replicas:
       raise ValueError(
-        f"`batch_size` must be divisible by the {self.layout.mesh.size} devices and the"
-        f" {self.layout.num_replicas} replicas, got {batch_size}."
+        f"`batch_size` must be a positive number divisible by the {devices} devices"
+        f" and the {replicas} replicas, got {batch_size}."
       )
-    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    parts: Any = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
     rows = sorted({i for (part,) in parts for i in range(*part.indices(batch_size))})
     if rows[-1] - rows[0] + 1 != len(rows):
       raise ValueError(f"the rows of this process must be neighbours in `mesh`, got {rows}.")
@@ -101,8 +102,9 @@ def make_train_step(
       replicas on the devices under `jax.vmap`.
 
   Raises:
-    ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, or replicas are
-      to be stacked on a mesh with Explicit axes.
+    ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, replicas are to
+      be stacked on a mesh with Explicit axes, or the types of `tx` do not work out: an outer chain
+      without a mean, a round counter that differs per replica, optax.MultiSteps before the mean.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -117,11 +119,13 @@ def make_train_step(
   """
   if "replica" not in mesh.shape:
     raise ValueError(f"`mesh` must have an axis 'replica', got axes {mesh.axis_names}.")
-  num_replicas = mesh.shape["replica"] if num_replicas is None else num_replicas
-  if mesh.shape["replica"] not in (1, num_replicas):
+  size = mesh.shape["replica"]
+  num_replicas = size if num_replicas is None else num_replicas
+  if isinstance(num_replicas, bool) or not isinstance(num_replicas, int) or num_replicas < 1:
+    raise ValueError(f"`num_replicas` must be an integer >= 1, got {num_replicas!r}.")
+  if size not in (1, num_replicas):
     raise ValueError(
-      f"mesh axis 'replica' must have size 1 or `num_replicas`={num_replicas},"
-      f" got {mesh.shape['replica']}."
+      f"mesh axis 'replica' must have size 1 or `num_replicas`={num_replicas}, got {size}."
     )
   layout = make_layout(init_params, tx, mesh, param_specs, num_replicas)
   evaluate_fn = layout.automatic(loss_fn, P())
@@ -136,10 +140,7 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state), {"loss": loss, **aux}
 
   def local_eval(state: TrainState, batch):
-    anchor, params = outer_params(state.opt_state), state.params
-    if anchor is not None:
-      params = jax.tree.map(lambda a, p: a.astype(p.dtype), anchor, params)
-    loss, aux = evaluate_fn(params, batch)
+    loss, aux = evaluate_fn(at_outer_params(state.params, state.opt_state), batch)
     tokens = jnp.asarray(aux.get("tokens", 1.0), jnp.float32)
     return {"loss_sum": loss.astype(jnp.float32) * tokens, "tokens": tokens}
 

@@ -116,7 +116,8 @@ def _update_report(
 
   def quadratic(params, batch):
     del batch
-    return sum(jnp.sum(p.astype(jnp.float32) ** 2) for p in jax.tree.leaves(params)), {}
+    sums = [jnp.sum(p.astype(jnp.float32) ** 2) for p in jax.tree.leaves(params)]
+    return jnp.stack(sums).sum(), {}
 
   sharded = mesh is layout.mesh
   update = make_train_step(

@@ -1,5 +1,6 @@
 """The skeleton shared by all methods that exchange rarely: inner steps, then an outer step."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm import _axes
+from jaxcomm.transforms._checks import check_floating, check_period, check_transform
 
 
 class LocalUpdatesState(NamedTuple):
@@ -35,10 +37,12 @@ def local_updates(
   axis_name: str,
 ) -> optax.GradientTransformationExtraArgs:
   """`sync_period` inner steps per replica, then one step of `outer` on the pseudo-gradient."""
-  _check_period(sync_period)
+  check_period(sync_period)
+  check_transform("inner", inner)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
+    check_floating("params", params)
     anchor = optax.tree.cast(params, jnp.float32)
     return LocalUpdatesState(
       count=jnp.zeros((), jnp.int32),
@@ -53,8 +57,8 @@ def local_updates(
       raise ValueError("`params` must be given to update: the pseudo-gradient needs them.")
     _axes.axis_size(axis_name)
     updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    count = optax.safe_increment(state.count)
-    synced = count % sync_period == 0
+    count = jnp.asarray(optax.safe_increment(state.count))
+    synced = jnp.equal(count % sync_period, 0)
 
     def sync(updates, anchor, outer_state):
       local = optax.apply_updates(params, updates)
@@ -79,6 +83,9 @@ def local_updates(
 def outer_params(opt_state: Any) -> optax.Params | None:
   """The outer parameters Θ (float32) inside any optax state; None if no method keeps them.
 
+  Where `optax.masked` or `optax.partition` hides parameters from every method that keeps them, the
+  tree holds `optax.MaskedNode()`.
+
   Example:
     >>> import jax.numpy as jnp, optax
     >>> from jaxcomm import local_sgd, outer_params
@@ -86,14 +93,17 @@ def outer_params(opt_state: Any) -> optax.Params | None:
     >>> outer_params(tx.init({"w": jnp.ones(2)}))["w"].tolist()
     [1.0, 1.0]
   """
-  state = _find(opt_state)
-  return None if state is None else state.anchor
+  anchors = [state.anchor for state in _find(opt_state)]
+  return functools.reduce(_fill_masked, anchors) if anchors else None
 
 
 def just_synced(opt_state: Any) -> jax.Array | None:
-  """bool[]: whether the last update exchanged over the slow axis; None if every update does."""
-  state = _find(opt_state)
-  return None if state is None else state.synced
+  """bool[]: whether the last update exchanged over the slow axis; None if every update does.
+
+  With several methods in one state (`optax.partition`): whether any of them did.
+  """
+  synced = [state.synced for state in _find(opt_state)]
+  return functools.reduce(jnp.logical_or, synced) if synced else None
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) -> optax.Params:
@@ -101,7 +111,8 @@ def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) 
 
   `p + (Θ - p)` differs from Θ in the last bit, by another amount on every replica. With
   `optax.apply_updates` replicas therefore agree after a sync up to rounding; with this function
-  they agree bit for bit. The method must be the last of its chain.
+  they agree bit for bit. The method must be the last of its chain. Parameters that
+  `optax.masked` or `optax.partition` hides from the method get their plain updates.
 
   Args:
     params: parameters before the step.
@@ -121,23 +132,30 @@ def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) 
     [0.8999999761581421, 0.8999999761581421]
   """
   new = optax.apply_updates(params, updates)
-  state = _find(opt_state)
-  if state is None or jax.tree.structure(state.anchor) != jax.tree.structure(new):
-    return new  # nothing to agree on, or a masked subset of the parameters
-  return jax.tree.map(lambda p, a: jnp.where(state.synced, a.astype(p.dtype), p), new, state.anchor)
+  for state in _find(opt_state):
+    exact = _fill_masked(state.anchor, new)
+    choose = functools.partial(jnp.where, state.synced)
+    new = jax.tree.map(lambda p, a, c=choose: c(a.astype(p.dtype), p), new, exact)
+  return new
 
 
-def _find(opt_state: Any) -> LocalUpdatesState | None:
+def at_outer_params(params: optax.Params, opt_state: Any) -> optax.Params:
+  """`params` with the outer parameters in place of all that some method keeps, in their dtypes."""
+  anchor = outer_params(opt_state)
+  if anchor is None:
+    return params
+  return jax.tree.map(lambda a, p: a.astype(p.dtype), _fill_masked(anchor, params), params)
+
+
+def _find(opt_state: Any) -> list[LocalUpdatesState]:
   is_state = lambda x: isinstance(x, LocalUpdatesState)  # noqa: E731
-  found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
-  return found[0] if len(found) == 1 else None
+  return [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
 
 
-def _check_period(sync_period: Any) -> None:
-  if isinstance(sync_period, jax.Array):
-    return  # a hyperparameter injected by optax
-  if isinstance(sync_period, bool) or not isinstance(sync_period, int) or sync_period < 1:
-    raise ValueError(f"`sync_period` must be an integer >= 1 (inner steps), got {sync_period!r}.")
+def _fill_masked(tree: Any, other: Any) -> Any:
+  """`tree` with what `other` has where `tree` is masked."""
+  masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+  return jax.tree.map(lambda x, y: y if masked(x) else x, tree, other, is_leaf=masked)
 
 
 def _check_equal(step: Any, axis_name: str) -> None:

@@ -82,10 +82,10 @@ def compressed_mean(
     >>> import jax, jax.numpy as jnp, optax
     >>> from jaxcomm import compressed_mean, int8
     >>> tx = optax.chain(compressed_mean("replica", int8()), optax.sgd(1.0))
-    >>> grads = jnp.array([[127.0, 0.0], [127.0, 2.0]])  # two replicas
+    >>> grads = jnp.array([[127.0, 0.0], [127.0, 254.0]])  # two replicas
     >>> step = lambda g: tx.update(g, tx.init(g))[0]
     >>> jax.vmap(step, axis_name="replica")(grads)[0].tolist()
-    [-127.0, -1.0]
+    [-127.0, -127.0]
   """
   if algorithm not in _MEANS:
     raise ValueError(f"`algorithm` must be one of {sorted(_MEANS)}, got {algorithm!r}.")
@@ -123,7 +123,7 @@ def compressed_mean(
 
     means, errors = _shards.on_shards(mean, leaf_specs)(leaves, residuals, state.count)
     residual = treedef.unflatten(errors) if error_feedback else state.residual
-    new_state = CompressedMeanState(optax.safe_increment(state.count), residual)
-    return treedef.unflatten(means), new_state
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return treedef.unflatten(means), CompressedMeanState(count, residual)
 
   return optax.GradientTransformation(init_fn, update_fn)

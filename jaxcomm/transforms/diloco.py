@@ -2,6 +2,7 @@
 
 import optax
 
+from jaxcomm.transforms._checks import check_transform
 from jaxcomm.transforms._local_updates import local_updates
 from jaxcomm.transforms.pmean_over import pmean_over
 
@@ -23,7 +24,8 @@ def diloco(
   The mean is the first transform of `outer`, so that any mean will do:
   `outer=optax.chain(compressed_mean("replica", int4()), optax.sgd(0.7, 0.9, nesterov=True))`.
   The state of `inner` is kept per replica and not averaged; `inner` counts inner steps, `outer`
-  counts rounds. Place `optax.MultiSteps` inside `inner`, so that the period counts optimizer steps.
+  counts rounds. With `optax.MultiSteps` as `inner` the period counts micro-batches; around this
+  transform it would repeat the exchange for every micro-batch of the last step of a round.
 
   Wire: nothing for `sync_period - 1` steps, then what the mean of `outer` sends for one tree of
   parameters: :math:`2\frac{N-1}{N} 4P` bytes per device with `pmean_over` and `P` parameters,
@@ -44,8 +46,10 @@ def diloco(
     round (up to rounding; `jaxcomm.apply_updates` makes replicas agree bit for bit).
 
   Raises:
-    ValueError: `sync_period` is not an integer of at least 1, `params` are missing in update, the
-      axis is unbound, or `outer` holds no mean over it.
+    ValueError: `sync_period` is not an integer of at least 1, `inner` or `outer` is not a
+      transform, parameters are not floating point, `params` are missing in update, the axis is
+      unbound, or `outer` holds no mean over it (which types tell: under `jax.shard_map` with
+      replication checks).
 
   References:
     Douillard et al., DiLoCo, https://arxiv.org/abs/2311.08105; Jaghouar et al., OpenDiLoCo,
@@ -65,9 +69,5 @@ def diloco(
   """
   if outer is None:
     outer = optax.chain(pmean_over(axis_name), optax.sgd(0.7, momentum=0.9, nesterov=True))
-  if not isinstance(outer, optax.GradientTransformation):
-    raise ValueError(
-      "`outer` must be an optax transform, e.g."
-      f' optax.chain(pmean_over("{axis_name}"), optax.sgd(0.7)), got {outer!r}.'
-    )
+  check_transform("outer", outer)
   return local_updates(inner, outer, sync_period=sync_period, axis_name=axis_name)

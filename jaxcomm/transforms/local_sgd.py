@@ -2,6 +2,7 @@
 
 import optax
 
+from jaxcomm.transforms._checks import check_transform
 from jaxcomm.transforms._local_updates import local_updates
 from jaxcomm.transforms.pmean_over import pmean_over
 
@@ -34,8 +35,10 @@ def local_sgd(
     mean: how to average, e.g. `compressed_mean("replica", int8())`; default `pmean_over`.
 
   Raises:
-    ValueError: `sync_period` is not an integer of at least 1, `params` are missing in update, or
-      the axis is unbound.
+    ValueError: `sync_period` is not an integer of at least 1, `inner` or `mean` is not a
+      transform, parameters are not floating point, `params` are missing in update, the axis is
+      unbound, or `mean` does not average over it (which types tell: under `jax.shard_map` with
+      replication checks).
 
   References:
     Stich, Local SGD Converges Fast and Communicates Little, https://arxiv.org/abs/1805.09767;
@@ -54,5 +57,7 @@ def local_sgd(
     >>> jax.vmap(two_steps, axis_name="replica")(jnp.array([0.0, 4.0])).tolist()
     [1.5, 1.5]
   """
-  outer = optax.chain(pmean_over(axis_name) if mean is None else mean, optax.sgd(1.0))
+  mean = pmean_over(axis_name) if mean is None else mean
+  check_transform("mean", mean)
+  outer = optax.chain(mean, optax.sgd(1.0))
   return local_updates(inner, outer, sync_period=sync_period, axis_name=axis_name)

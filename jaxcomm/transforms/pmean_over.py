@@ -4,6 +4,7 @@ import jax
 import optax
 
 from jaxcomm import _axes
+from jaxcomm.transforms._checks import check_floating
 
 
 def pmean_over(axis_name: str) -> optax.GradientTransformation:
@@ -19,7 +20,10 @@ def pmean_over(axis_name: str) -> optax.GradientTransformation:
     axis_name: mesh axis (or vmapped axis) to average over.
 
   Returns:
-    A `GradientTransformation`; its update raises `ValueError` where `axis_name` is unbound.
+    A `GradientTransformation`.
+
+  Raises:
+    ValueError: in update, if `axis_name` is unbound or an update is not floating point.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -34,6 +38,7 @@ def pmean_over(axis_name: str) -> optax.GradientTransformation:
   def update_fn(updates, state, params=None):
     del params
     _axes.axis_size(axis_name)  # a clear error when the axis is unbound
+    check_floating("updates", updates)
     return jax.tree.map(lambda g: _axes.pmean_f32(g, axis_name), updates), state
 
   return optax.GradientTransformation(optax.init_empty_state, update_fn)
