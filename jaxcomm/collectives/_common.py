@@ -1,4 +1,4 @@
-"""What the compressed means share: operands, keys, the wire, and the mean in a fixed order."""
+"""What the compressed means share: keys, the wire, and the mean in a fixed order."""
 
 import math
 from collections.abc import Callable
@@ -6,20 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import _axes
 from jaxcomm.compressors import Compressor, Payload
 
 Encode = Callable[[jax.Array | None, jax.Array], jax.Array]
 Decode = Callable[[jax.Array], jax.Array]
-
-
-def as_differing(x: jax.Array, axis_name: str) -> jax.Array:
-  """`x`, marked as differing over `axis_name` in whatever way is in force."""
-  if _axes.is_manual(axis_name):
-    return _axes.vary(x, axis_name)
-  # Under vmap, all_to_all of a value without a batch axis is wrong (JAX 0.10): give it one. The
-  # selection is the identity, and the compiler removes it.
-  return jnp.where(jax.lax.axis_index(axis_name) >= 0, x, x)
 
 
 def hop_key(key: jax.Array | None, axis_name: str, hop: int) -> jax.Array | None:
@@ -84,11 +74,8 @@ def mean_in_order(decode: Decode, wire_rows: jax.Array) -> jax.Array:
   return total * (1 / n)
 
 
-def nothing_to_send(
-  x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def nothing_to_send(x: jax.Array, axis_name: str) -> tuple[jax.Array, jax.Array]:
   """One device, or no elements: the mean is `x` itself, typed as equal, and the error zero."""
-  jax.eval_shape(compressor.compress, key, x)  # the same errors as with more devices
   x = x.astype(jnp.float32)
   return jax.lax.pmean(x, axis_name), jnp.zeros_like(x)
 

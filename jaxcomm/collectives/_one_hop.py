@@ -7,14 +7,15 @@ import jax.numpy as jnp
 
 from jaxcomm import _axes
 from jaxcomm.collectives._common import (
-  as_differing,
   check_axis_size,
   hop_key,
   mean_in_order,
   nothing_to_send,
   wire_codec,
 )
+from jaxcomm.collectives._straight_through import as_differing, straight_through
 from jaxcomm.compressors import Compressor
+from jaxcomm.compressors._base import check_float
 
 
 def allgather_pmean(
@@ -30,7 +31,7 @@ def allgather_pmean(
   times the bytes and one rounding in place of two: use it for N = 2, or for compressors whose
   rounding is coarse. On one device nothing is sent and nothing is rounded.
 
-  Arguments, result and errors raised: as `compressed_pmean`.
+  Arguments, result, derivative and errors raised: as `compressed_pmean`.
 
   >>> import jax, jax.numpy as jnp
   >>> from jaxcomm.collectives import allgather_pmean
@@ -39,7 +40,8 @@ def allgather_pmean(
   >>> jax.vmap(lambda v: allgather_pmean(v, "data", e3m0()), axis_name="data")(x).tolist()
   [[6.0, 1.0], [6.0, 1.0]]
   """
-  return _one_hop(x, axis_name, compressor, key)[0].astype(x.dtype)
+  _axes.axis_size(axis_name)  # raises if unbound
+  return straight_through(_mean, axis_name, compressor, as_differing(x, axis_name), key)
 
 
 def allgather_pmean_with_error(
@@ -48,6 +50,7 @@ def allgather_pmean_with_error(
   """`allgather_pmean` and what its rounding lost: error_i = x_i - D(C(x_i)).
 
   mean_i(error_i) = mean_i(x_i) - result. Wire, arguments and errors raised: as `allgather_pmean`.
+  For use outside of derivatives: this function stops gradients.
 
   Returns:
     (mean, error), both float32 in the shape of `x`; `mean` is equal on all devices, `error`
@@ -63,19 +66,24 @@ def allgather_pmean_with_error(
   >>> mean[0].tolist(), error.tolist()
   ([6.0, 2.5], [[0.0, -1.0], [0.0, 0.0]])
   """
+  _axes.axis_size(axis_name)  # raises if unbound
+  x = as_differing(jax.lax.stop_gradient(x), axis_name)
   return _one_hop(x, axis_name, compressor, key)
+
+
+def _mean(x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None) -> jax.Array:
+  return _one_hop(x, axis_name, compressor, key)[0].astype(x.dtype)
 
 
 def _one_hop(
   x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """(mean, error), float32; XLA drops the error where it is not used."""
-  n = _axes.axis_size(axis_name)
-  x = as_differing(x, axis_name)
-  if n == 1 or x.size == 0:
-    return nothing_to_send(x, axis_name, compressor, key)
+  check_float(x)
+  encode, decode = wire_codec(compressor, x.shape, key)
+  if _axes.axis_size(axis_name) == 1 or x.size == 0:
+    return nothing_to_send(x, axis_name)
   with jax.named_scope("allgather_pmean"):
-    encode, decode = wire_codec(compressor, x.shape, key)
     sent = encode(hop_key(key, axis_name, 0), x)
     mean = mean_in_order(decode, _axes.all_gather_equal(sent, axis_name))
     return mean, x.astype(jnp.float32) - decode(sent)

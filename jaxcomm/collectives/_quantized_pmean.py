@@ -1,16 +1,15 @@
-"""Mean with integers on the wire, differentiable."""
+"""Mean with integers on the wire."""
 
-import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxcomm import _axes
-from jaxcomm.collectives._common import as_differing, check_axis_size
+from jaxcomm.collectives._common import check_axis_size
 from jaxcomm.collectives._two_hop import compressed_pmean, compressed_pmean_bytes
 from jaxcomm.compressors import BlockInt
+from jaxcomm.compressors._base import check_float
 
 
 def quantized_pmean(
@@ -24,14 +23,10 @@ def quantized_pmean(
 ) -> jax.Array:
   """Mean of `x` over `axis_name` with 8-bit or 4-bit block integers on both hops.
 
-  `compressed_pmean` with `BlockInt(bits, block_size, rounding)`, and with a derivative. Rounding
-  has the derivative zero; this function takes that of `jax.lax.pmean` (straight through), in the
-  convention in force. With replication checks (`jax.shard_map(check_vma=True)`) the cotangent is
-  equal on all devices and each device gets its N-th part: nothing crosses the wire. Without
-  checks, and under `jax.vmap`, the transpose of a sum is the sum of the cotangents, so their mean
-  crosses the wire, with the same bits, block size and rounding as forward.
+  `compressed_pmean` with `BlockInt(bits, block_size, rounding)`; see there for how it travels, and
+  for its derivative, which is that of `jax.lax.pmean`.
 
-  Wire: `quantized_pmean_bytes` forward; backward none, or the same again.
+  Wire: `quantized_pmean_bytes` forward; backward none (with replication checks) or the same again.
 
   Args:
     x: any shape, floating-point dtype, inside `jax.shard_map` or `jax.vmap(axis_name=...)`.
@@ -56,45 +51,17 @@ def quantized_pmean(
   [[127.0, 127.0], [127.0, 127.0]]
   """
   compressor = _compressor(bits, block_size, rounding)
+  if compressor is not None:
+    return compressed_pmean(x, axis_name, compressor, key=key)
   _axes.axis_size(axis_name)  # raises if unbound
-  if compressor is None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(f"`x` must have a floating-point dtype, got {x.dtype}.")
-    return _axes.pmean_f32(x, axis_name)
-  # Cast outside the custom derivative: its transpose, a sum over the axis, is then JAX's own.
-  return _mean(axis_name, compressor, as_differing(x, axis_name), key)
+  check_float(x)
+  return _axes.pmean_f32(x, axis_name)
 
 
 def _compressor(bits: int | None, block_size: int, rounding: Any) -> BlockInt | None:
   if bits not in (4, 8, None):
     raise ValueError(f"`bits` must be 4, 8 or None, got {bits!r}.")
   return None if bits is None else BlockInt(bits, block_size, rounding)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _mean(axis_name, compressor, x, key):
-  return compressed_pmean(x, axis_name, compressor, key=key)
-
-
-def _mean_fwd(axis_name, compressor, x, key):
-  return _mean(axis_name, compressor, x, key), key
-
-
-def _mean_bwd(axis_name, compressor, key, ct):
-  if _is_checked(axis_name):
-    # The output is equal everywhere by type, so is its cotangent.
-    return _axes.vary(ct / _axes.axis_size(axis_name), axis_name), None
-  # A key of its own: the noise of the backward pass is independent of that of the forward pass.
-  key = None if key is None else jax.random.fold_in(key, 2)
-  return _mean(axis_name, compressor, ct, key), None
-
-
-_mean.defvjp(_mean_fwd, _mean_bwd)
-
-
-def _is_checked(axis_name: str) -> bool:
-  """Whether types record variation over `axis_name` (shard_map with check_vma=True)."""
-  return axis_name in _axes.varying_axes(_axes.vary(jnp.zeros(()), axis_name))
 
 
 def quantized_pmean_bytes(

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 
 from jaxcomm import _axes
 from jaxcomm.collectives._common import (
-  as_differing,
   check_axis_size,
   hop_key,
   mean_in_order,
   nothing_to_send,
   wire_codec,
 )
+from jaxcomm.collectives._straight_through import as_differing, straight_through
 from jaxcomm.compressors import Compressor
+from jaxcomm.compressors._base import check_float
 
 
 def compressed_pmean(
@@ -35,7 +36,11 @@ def compressed_pmean(
   Wire: 2 (N - 1) payload_bytes((C,)) sent per device, see `compressed_pmean_bytes`. On one device
   nothing is sent and nothing is rounded: the result is `x`.
 
-  Not differentiable (the derivative of rounding is zero): see `quantized_pmean`.
+  Rounding has the derivative zero; this function takes that of `jax.lax.pmean` (straight
+  through), in the convention in force. With replication checks (`jax.shard_map(check_vma=True)`)
+  the cotangent is equal on all devices and each gets its N-th part: nothing crosses the wire.
+  Without checks, and under `jax.vmap`, the transpose of a sum is the sum of the cotangents, so
+  their mean crosses the wire, by this same function.
 
   Args:
     x: any shape, floating-point dtype. Works inside `jax.shard_map` (with or without replication
@@ -60,7 +65,8 @@ def compressed_pmean(
   >>> jax.vmap(lambda v: compressed_pmean(v, "data", int8()), axis_name="data")(x).tolist()
   [[127.0, 127.0], [127.0, 127.0]]
   """
-  return _two_hop(x, axis_name, compressor, key)[0].astype(x.dtype)
+  _axes.axis_size(axis_name)  # raises if unbound
+  return straight_through(_mean, axis_name, compressor, as_differing(x, axis_name), key)
 
 
 def compressed_pmean_with_error(
@@ -73,7 +79,8 @@ def compressed_pmean_with_error(
   the second hop. So mean_i(error_i) = mean_i(x_i) - result: a device that adds its error to its
   next input loses nothing, in either hop.
 
-  Wire, arguments and errors raised: as `compressed_pmean`.
+  Wire, arguments and errors raised: as `compressed_pmean`. For use outside of derivatives: this
+  function stops gradients.
 
   Returns:
     (mean, error), both float32 in the shape of `x`; `mean` is equal on all devices, `error`
@@ -92,20 +99,26 @@ def compressed_pmean_with_error(
   >>> bool(jnp.allclose(error.mean(0), x.mean(0) - mean[0], atol=1e-6))
   True
   """
+  _axes.axis_size(axis_name)  # raises if unbound
+  x = as_differing(jax.lax.stop_gradient(x), axis_name)
   return _two_hop(x, axis_name, compressor, key)
+
+
+def _mean(x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None) -> jax.Array:
+  return _two_hop(x, axis_name, compressor, key)[0].astype(x.dtype)
 
 
 def _two_hop(
   x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """(mean, error), float32; XLA drops the error where it is not used."""
+  check_float(x)
   n = _axes.axis_size(axis_name)
-  x = as_differing(x, axis_name)
+  encode, decode = wire_codec(compressor, (-(-x.size // n),), key)
   if n == 1 or x.size == 0:
-    return nothing_to_send(x, axis_name, compressor, key)
+    return nothing_to_send(x, axis_name)
   with jax.named_scope("compressed_pmean"):
     x_NC = _to_chunks(x, n)
-    encode, decode = wire_codec(compressor, x_NC.shape[1:], key)
     sent = _encode_rows(encode, hop_key(key, axis_name, 0), x_NC)
     received = jax.lax.all_to_all(sent, axis_name, 0, 0)
     mean_C = mean_in_order(decode, received)
