@@ -173,6 +173,7 @@ class Checkpoints:
     """Renames damaged checkpoints, so that their steps can be saved again; deletes nothing."""
     if not steps:
       return
+    _wait_for_all("every process has restored")
     if jax.process_index() == 0:
       for step in steps:
         path = self._directory / str(step)
@@ -183,7 +184,15 @@ class Checkpoints:
           number += 1
         path.rename(target)
         _LOG.warning("moved the damaged checkpoint of step %d to %s.", step, target)
+    _wait_for_all("damaged checkpoints are set aside")
     self._manager.reload()
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
 
 
 def _flatten(state: Any) -> dict[str, Any]:

@@ -83,6 +83,13 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 """Flags that change neither the trajectory of a run nor what its checkpoints hold."""
 
+# Of one start, not of the run: another start may have other processes.
+_NEVER_KEPT = frozenset(
+  (
+    "coordinator", "dry_run", "num_processes", "out", "process_id", "replica_change", "resume",
+  )
+)  # fmt: skip
+
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
@@ -134,7 +141,7 @@ def _saved_flags(config_type: type[ConfigT], argv: Sequence[str]) -> Any:
   fields = {f.name for f in dataclasses.fields(config_type)}
   if unknown := sorted(saved.keys() - fields):
     raise ValueError(f"{known.out}/config.json has flags that this script lacks: {unknown}.")
-  kept = {k: v for k, v in saved.items() if k not in ("resume", "out", "replica_change", "dry_run")}
+  kept = {k: v for k, v in saved.items() if k not in _NEVER_KEPT}
   return config_type(**kept, out=known.out)
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxcomm.training._checkpoints import Checkpoints
 from jaxcomm.training._launch import FREE_ON_RESUME, RunConfig
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult
 from jaxcomm.training._progress import Progress, format_bytes
 from jaxcomm.training._report import plot_report
-from jaxcomm.training._run_folder import RunFolder
+from jaxcomm.training._run_folder import RunFolder, RunFolderError
 from jaxcomm.training._step import TrainStep
 from jaxcomm.training._wire import StepWire, step_wire
 
@@ -63,12 +64,8 @@ def run(config: RunConfig, task: Task) -> LoopResult | None:
     RunFolderError, CheckpointError, NonFiniteLossError: see there.
   """
   first = jax.process_index() == 0
-  may_change = FREE_ON_RESUME | ({"replicas"} if config.replica_change else set())
-  folder = None
-  if config.out is not None and not config.dry_run:
-    saved = dataclasses.asdict(config)
-    folder = RunFolder(config.out, saved, resume=config.resume, may_change=may_change, write=first)
-  say = print if first else lambda *_, **__: None
+  folder = None if config.out is None or config.dry_run else _open_folder(config, config.out, first)
+  say = _say()
   say(_describe(config, task), flush=True)
   started = time.perf_counter()
   compiled = task.train_step.compile(task.batch_shapes)
@@ -95,6 +92,26 @@ def run(config: RunConfig, task: Task) -> LoopResult | None:
       say(f"report: {folder.path / 'report.png'}", flush=True)
   say(_describe_end(result), flush=True)
   return result
+
+
+def _open_folder(config: RunConfig, out: str, first: bool) -> RunFolder:
+  """The run folder; if one process cannot use it, all of them raise."""
+  may_change = FREE_ON_RESUME | ({"replicas"} if config.replica_change else set())
+  saved, folder, error = dataclasses.asdict(config), None, None
+  try:
+    folder = RunFolder(out, saved, resume=config.resume, may_change=may_change, write=first)
+  except (OSError, RunFolderError) as e:
+    error = e
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    failed = multihost_utils.process_allgather(np.asarray(error is not None))
+    if error is None and failed.any():
+      error = RunFolderError(f"process {failed.argmax()} cannot use the run folder {out}.")
+  if error is not None:
+    raise error
+  assert folder is not None
+  return folder
 
 
 def _train(config, task, wire, folder, *, quiet) -> LoopResult:
@@ -128,16 +145,22 @@ def _train(config, task, wire, folder, *, quiet) -> LoopResult:
 
 
 def _start(config, task, folder, checkpoints):
+  say = _say()
   if not config.resume:
     return task.train_step.init(jax.random.key(config.seed)), None
   if not checkpoints.steps:
-    print("no checkpoint yet: starting from step 0.", flush=True)
+    say("no checkpoint yet: starting from step 0.", flush=True)
     folder.keep_until(-1)
     return task.train_step.init(jax.random.key(config.seed)), None
   restored = checkpoints.restore(replica_change=config.replica_change)
   folder.keep_until(restored.step)
-  print(f"resumed from step {restored.step}.", flush=True)
+  say(f"resumed from step {restored.step}.", flush=True)
   return restored.state, restored.meta
+
+
+def _say() -> Callable[..., None]:
+  """`print` on the first process, nothing on the others."""
+  return print if jax.process_index() == 0 else lambda *_, **__: None
 
 
 def _num_params(task: Task) -> int:

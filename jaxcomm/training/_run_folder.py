@@ -19,7 +19,8 @@ class RunFolder:
     config: JSON-able description of the run.
     resume: continue the run in the folder; otherwise it must hold none.
     may_change: keys of `config` that may differ from the saved ones on resume.
-    write: False on all processes but the first: nothing is written.
+    write: False on all processes but the first: nothing is written, and whether the folder is free
+      is the first one's to say, which may have written there already.
 
   Raises:
     RunFolderError: a run is there and `resume` is False; none is there and `resume` is True; or
@@ -41,7 +42,7 @@ class RunFolder:
     saved = load_config(self.path) if resume else None
     if saved is not None:
       _check_same(saved, config, may_change, self.path)
-    elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    elif write and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
       raise RunFolderError(
         f"{self.path} is not an empty folder: give --resume to continue the run in it, or another"
         " folder."
