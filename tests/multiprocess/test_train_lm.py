@@ -1,0 +1,193 @@
+"""`train_lm.py` in two processes: the losses of two virtual devices, resume, SIGTERM, bad input."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from tests.multiprocess.launch import Job, free_port, job_flags
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 600.0
+STEPS = 12
+SPLIT = 7  # in the middle of a round of 3
+METHODS = {"ddp": ("--method", "ddp"), "diloco": ("--method", "diloco", "--compressor", "int4")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+  """Starts `train_lm.py` on a small text, in one process or two."""
+
+  folder: pathlib.Path
+  data: pathlib.Path
+
+  def job(self, num_processes: int, out: pathlib.Path, *flags: str, debug: bool = True) -> Job:
+    command = [sys.executable, "examples/train_lm.py", "--out", str(out), *self._flags(), *flags]
+    commands, port = [command], free_port()
+    if num_processes > 1:
+      commands = [[*command, *job_flags(num_processes, i, port)] for i in range(num_processes)]
+    name = f"{out.name}-{num_processes}-{time.monotonic_ns()}"
+    env = {"JAXCOMM_CACHE": str(self.folder / "cache"), "JAXCOMM_DEBUG": "1" if debug else ""}
+    return Job(commands, self.folder / "output" / name, env=env)
+
+  def run(self, num_processes: int, out: pathlib.Path, *flags: str) -> str:
+    """Runs to the end; returns what the first process printed."""
+    with self.job(num_processes, out, *flags) as job:
+      return _first_alone(job.wait(TIMEOUT))
+
+  def _flags(self) -> list[str]:
+    return [
+      *("--data", str(self.data), "--preset", "nano", "--replicas", "2", "--batch-size", "4"),
+      *("--seq-len", "32", "--sync-period", "3", "--schedule-steps", str(STEPS)),
+      *("--warmup", "2", "--log-every", "1", "--eval-every", "6", "--eval-batches", "2"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> Script:
+  folder = tmp_path_factory.mktemp("train_lm")
+  lines = (f"{i} squared is {i * i}, and {i} cubed is {i**3}.\n\n" for i in range(6000))
+  (folder / "data.txt").write_text("".join(lines))
+  return Script(folder, folder / "data.txt")
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request) -> str:
+  return request.param
+
+
+@pytest.fixture(scope="module")
+def two_processes(script, method) -> pathlib.Path:
+  """The folder of an uninterrupted run in two processes."""
+  out = script.folder / f"{method}-two"
+  script.run(2, out, *METHODS[method], "--steps", str(STEPS))
+  return out
+
+
+@pytest.fixture(scope="module")
+def interrupted(script, method) -> pathlib.Path:
+  """The folder of a run in two processes that ended at step `SPLIT`."""
+  out = script.folder / f"{method}-interrupted"
+  script.run(2, out, *METHODS[method], "--steps", str(SPLIT), "--save-every", "5")
+  return out
+
+
+def metrics(out: pathlib.Path) -> dict[int, dict[str, Any]]:
+  """step -> row of metrics.jsonl, without what depends on the clock."""
+  rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+  return {row["step"]: {k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows}
+
+
+def assert_close(got: dict[int, dict[str, Any]], want: dict[int, dict[str, Any]]) -> None:
+  assert got.keys() == want.keys()
+  for step, row in want.items():
+    assert got[step] == pytest.approx(row, rel=1e-5), step
+
+
+def test_two_processes_give_the_losses_of_two_virtual_devices(script, method, two_processes):
+  out = script.folder / f"{method}-one"
+  script.run(1, out, *METHODS[method], "--steps", str(STEPS))
+  one, two = metrics(out), metrics(two_processes)
+  assert list(one) == list(range(STEPS + 1))
+  assert one[STEPS]["loss"] < one[1]["loss"]
+  assert {"loss", "eval_loss", "wire_bytes", "wire_bytes_total"} <= one[STEPS].keys()
+  assert_close(two, one)
+
+
+def test_the_first_process_alone_leaves_a_whole_run_folder(two_processes):
+  names = {path.name for path in two_processes.iterdir()}
+  files = {"config.json", "metrics.jsonl", "summary.json", "report.png", "checkpoints"}
+  assert names == files
+  assert [p.name for p in (two_processes / "checkpoints").iterdir()] == [str(STEPS)]
+  summary = json.loads((two_processes / "summary.json").read_text())
+  assert summary["steps"] == STEPS
+  assert summary["devices"] == "2 x cpu"
+  assert not summary["wire_bytes_logical"]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_resume_of_two_processes_by(num_processes, script, method, two_processes, interrupted):
+  out = script.folder / f"{method}-resumed-by-{num_processes}"
+  shutil.copytree(interrupted, out)
+  output = script.run(num_processes, out, *METHODS[method], "--resume", "--steps", str(STEPS))
+  assert f"resumed from step {SPLIT}." in output
+  got, want = metrics(out), metrics(two_processes)
+  # The interrupted run ended with an evaluation that the uninterrupted one does not have.
+  assert got[SPLIT].pop("eval_loss") > 0
+  if num_processes == 2:
+    assert got == want
+  else:
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("receivers", [(0, 1), (1,)])
+def test_sigterm_saves_on_all_processes_and_exits_0(script, tmp_path, receivers):
+  out = tmp_path / "run"
+  flags = (*METHODS["diloco"], "--schedule-steps", "100000")
+  with script.job(2, out, *flags, "--steps", "100000", "--eval-every", "0") as job:
+    _wait_for_rows(job, out, 5)
+    for i in receivers:
+      job.processes[i].terminate()
+    output = _first_alone(job.wait(TIMEOUT))
+  (step,) = [int(p.name) for p in (out / "checkpoints").iterdir()]
+  assert step == max(metrics(out)) < 100000
+  assert f"SIGTERM: stopped after step {step} of 100000, saved step {step} in {out}" in output
+  script.run(2, out, *flags, "--resume", "--steps", str(step + 4), "--eval-every", "0")
+  assert list(metrics(out)) == list(range(1, step + 5))
+
+
+def test_a_folder_in_use_is_refused_by_all_processes(script, tmp_path):
+  (tmp_path / "mine.txt").write_text("not a run")
+  with script.job(2, tmp_path, "--steps", "2", debug=False) as job:
+    deadline = time.monotonic() + TIMEOUT
+    while None in job.codes() and time.monotonic() < deadline:
+      time.sleep(0.1)
+    assert job.codes() == [1, 1], job.report()
+    first, second = (_lines_of(job.stderr(i), "error:") for i in range(2))
+    assert first == [
+      f"error: {tmp_path} is not an empty folder: give --resume to continue the run in it, or"
+      " another folder."
+    ]
+    assert second == [f"error: process 0 cannot use the run folder {tmp_path}."]
+  assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(script, tmp_path, interrupted, method):
+  out = tmp_path / "run"
+  shutil.copytree(interrupted, out)
+  damaged = out / "checkpoints" / str(SPLIT)
+  file = max((p for p in damaged.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-100])
+  output = script.run(2, out, *METHODS[method], "--resume", "--steps", str(SPLIT))
+  assert "resumed from step 5." in output
+  assert metrics(out) == metrics(interrupted)
+  names = {p.name for p in (out / "checkpoints").iterdir()}
+  assert {f"damaged-{SPLIT}", str(SPLIT)} <= names
+
+
+def _first_alone(outputs: list[str]) -> str:
+  """What the first process printed, after a check that no other did (gloo itself does)."""
+  for output in outputs[1:]:
+    assert [line for line in output.splitlines() if not line.startswith("[Gloo]")] == []
+  return outputs[0]
+
+
+def _lines_of(text: str, start: str) -> list[str]:
+  return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def _wait_for_rows(job: Job, out: pathlib.Path, count: int) -> None:
+  deadline = time.monotonic() + TIMEOUT
+  while time.monotonic() < deadline and not any(job.codes()):
+    file = out / "metrics.jsonl"
+    if file.exists() and len(file.read_text().splitlines()) >= count:
+      return
+    time.sleep(0.05)
+  pytest.fail(f"no {count} rows in {out}\n{job.report()}")
