@@ -73,6 +73,7 @@ def nano() -> LlamaConfig:
   return LlamaConfig(
     vocab_size=512, hidden_size=64, num_layers=2, intermediate_size=192, num_heads=4,
     num_kv_heads=2, rope_theta=10_000.0, tie_embeddings=True, max_seq_len=2048, dtype="float32",
+    scan_layers=False,  # a tenth faster on CPU, and two layers compile as fast
   )  # fmt: skip
 
 

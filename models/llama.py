@@ -233,13 +233,15 @@ def _attend(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
 
 
 def _feed_forward(x_BSD, layer, cfg: LlamaConfig):
-  gate_BSF = x_BSD @ layer["gate_DF"]
-  up_BSF = x_BSD @ layer["up_DF"]
+  x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])  # T = B S tokens: twice as fast as 3D on CPU
+  gate_TF = x_TD @ layer["gate_DF"]
+  up_TF = x_TD @ layer["up_DF"]
   if cfg.mlp_bias:
-    gate_BSF = gate_BSF + layer["gate_bias_F"][None, None]
-    up_BSF = up_BSF + layer["up_bias_F"][None, None]
-  y_BSD = (jax.nn.silu(gate_BSF) * up_BSF) @ layer["down_FD"]
-  return y_BSD + layer["down_bias_D"][None, None] if cfg.mlp_bias else y_BSD
+    gate_TF = gate_TF + layer["gate_bias_F"][None]
+    up_TF = up_TF + layer["up_bias_F"][None]
+  y_TD = (jax.nn.silu(gate_TF) * up_TF) @ layer["down_FD"]
+  y_TD = y_TD + layer["down_bias_D"][None] if cfg.mlp_bias else y_TD
+  return y_TD.reshape(x_BSD.shape)
 
 
 def _rms_norm(x_BSD, gain_D, cfg: LlamaConfig):
