@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
@@ -51,6 +51,7 @@ class Job:
     self._commands = commands
     self._folder = pathlib.Path(folder)
     self._env = _environment() | (env or {})
+    self._started: list[subprocess.Popen] = []  # and not ended from here
     self.processes: list[subprocess.Popen] = []
 
   def __enter__(self) -> "Job":
@@ -62,6 +63,7 @@ class Job:
             command, stdout=out, stderr=err, env=self._env, cwd=ROOT, start_new_session=True
           )
         self.processes.append(process)
+        self._started.append(process)
     except BaseException:
       self.kill()
       raise
@@ -76,19 +78,14 @@ class Job:
     Raises:
       JobError: a process ended otherwise, or `timeout` seconds passed; no process is left.
     """
-    deadline = time.monotonic() + timeout
-    while any(code is None for code in self.codes()):
-      if any(self.codes()):
-        deadline = min(deadline, time.monotonic() + _GRACE)
-        self._wait_until(deadline)
-        break
-      if time.monotonic() > deadline:
-        break
-      time.sleep(0.05)
+    self._poll(timeout, lambda codes: None not in codes or any(codes))
+    if any(self.codes()):
+      self._poll(_GRACE, lambda codes: None not in codes)
     codes = self.codes()
     self.kill()
     if any(codes) or None in codes:
-      raise JobError(f"exit codes {codes} (None: ended after {timeout} s)\n{self.report()}")
+      reason = "a process failed" if any(codes) else f"no end after {timeout} s"
+      raise JobError(f"{reason}; exit codes {codes}, None where ended from here\n{self.report()}")
     return [self.stdout(i) for i in range(len(codes))]
 
   def codes(self) -> list[int | None]:
@@ -102,7 +99,8 @@ class Job:
 
   def kill(self) -> None:
     """Ends what still runs, children included."""
-    for process in self.processes:
+    while self._started:
+      process = self._started.pop()
       with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
       process.wait()
@@ -126,8 +124,9 @@ class Job:
   def _file(self, i: int, suffix: str) -> pathlib.Path:
     return self._folder / f"process{i}.{suffix}"
 
-  def _wait_until(self, deadline: float) -> None:
-    while None in self.codes() and time.monotonic() < deadline:
+  def _poll(self, seconds: float, done: Callable[[list[int | None]], bool]) -> None:
+    deadline = time.monotonic() + seconds
+    while not done(self.codes()) and time.monotonic() < deadline:
       time.sleep(0.05)
 
 
@@ -158,9 +157,8 @@ def run_workers(
     JobError: see `Job.wait`.
   """
   command = [*prefix, sys.executable, str(HERE / worker), *args]
-  commands = [
-    [*command, *job_flags(num_processes, i, port)] for i, port in _numbered(num_processes)
-  ]
+  port = free_port()
+  commands = [[*command, *job_flags(num_processes, i, port)] for i in range(num_processes)]
   with Job(commands, folder) as job:
     outputs = job.wait(timeout)
   return [json.loads(output.splitlines()[-1]) for output in outputs]
@@ -212,11 +210,6 @@ def network_namespace() -> Iterator[list[str]]:
   finally:
     holder.kill()
     holder.communicate()
-
-
-def _numbered(num_processes: int) -> list[tuple[int, int]]:
-  port = free_port()
-  return [(i, port) for i in range(num_processes)]
 
 
 def _environment() -> dict[str, str]:
