@@ -89,20 +89,28 @@ class BlockInt:
     check_float(x)
     x_KB = _blocks.to_blocks(x.astype(jnp.float32), self.block_size)
     scale_K1 = _blocks.integer_scale(_blocks.block_absmax(x_KB), self.qmax)
-    ratio_KB = _blocks.divide_by_scale(x_KB, scale_K1, self.qmax)
-    codes = _blocks.from_blocks(self._round(key, ratio_KB), x.size)
+    codes = _blocks.from_blocks(self._round(key, x_KB, scale_K1), x.size)
     scales = scale_K1.reshape(-1)[: _blocks.num_blocks(x.size, self.block_size)]
     if self.bits == 4:
       codes = _blocks.pack_nibbles(codes.astype(jnp.uint8) & 0xF)
     return {"codes": codes, "scales": scales}
 
-  def _round(self, key: jax.Array | None, ratio: jax.Array) -> jax.Array:
+  def _round(self, key: jax.Array | None, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+    """int8 codes; 0 in blocks whose scale is zero or NaN."""
+    usable_K1 = scale_K1 > 0  # False for NaN
+    # One reciprocal per block, which is what XLA makes of x / scale in some programs and not in
+    # others.
+    inverse_K1 = 1 / jnp.where(usable_K1, scale_K1, 1.0)
+    ratio_KB = jnp.where(usable_K1, x_KB * inverse_K1, 0.0)
     if self.rounding == "nearest":
-      return jnp.round(ratio).astype(jnp.int8)
-    low = jnp.floor(ratio)
-    # Not floor(ratio + u): that sum is itself rounded, which biases large codes.
-    up = _blocks.uniform(key, ratio.shape) < ratio - low
-    return low.astype(jnp.int8) + up.astype(jnp.int8)
+      return jnp.round(ratio_KB).astype(jnp.int8)
+    # The exact floor: multiples of the scale are exact, the ratio is not.
+    low_KB = jnp.floor(ratio_KB)
+    low_KB += ((low_KB + 1) * scale_K1 <= x_KB).astype(jnp.float32)
+    low_KB -= (low_KB * scale_K1 > x_KB).astype(jnp.float32)
+    fraction_KB = (x_KB - low_KB * scale_K1) * inverse_K1
+    up_KB = (_blocks.uniform(key, x_KB.shape) < fraction_KB) & usable_K1
+    return (low_KB + up_KB.astype(jnp.float32)).astype(jnp.int8)
 
   def decompress(
     self, payload: Payload, shape: tuple[int, ...], dtype: Any = jnp.float32

@@ -13,7 +13,7 @@ import numpy as np
 
 Rounding = Literal["nearest", "stochastic"]
 
-# Smallest normal float32. XLA flushes smaller numbers to zero on some back ends and keeps them on
+# XLA flushes numbers below the smallest normal float32 to zero on some back ends and keeps them on
 # others, so a smaller scale counts as zero everywhere.
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -58,25 +58,15 @@ def from_blocks(x_KB: jax.Array, size: int) -> jax.Array:
 def block_absmax(x_KB: jax.Array) -> jax.Array:
   """Largest magnitude of each block, [K, 1]; NaN for a block that holds NaN or Inf."""
   m_K1 = jnp.max(jnp.abs(x_KB), axis=1, keepdims=True, initial=0.0)
-  m_K1 = jnp.where(m_K1 < _TINY, 0.0, m_K1)
   return jnp.where(jnp.isfinite(m_K1), m_K1, jnp.nan)
-
-
-def divide_by_scale(x_KB: jax.Array, scale_K1: jax.Array, limit: float) -> jax.Array:
-  """x / scale, within +-limit; 0 in blocks whose scale is zero or NaN."""
-  usable_K1 = scale_K1 > 0  # False for NaN
-  ratio_KB = x_KB / jnp.where(usable_K1, scale_K1, 1.0)
-  # Scales are chosen so that the exact quotient is within the limit; on GPU division may be an
-  # ulp off.
-  return jnp.where(usable_K1, jnp.clip(ratio_KB, -limit, limit), 0.0)
 
 
 def integer_scale(absmax: jax.Array, qmax: int) -> jax.Array:
   """The smallest float32 of 17 significant bits whose product with `qmax` reaches `absmax`.
 
   The product of such a scale with an integer of up to 7 bits is exact in float32. Decoded values
-  then do not depend on whether the compiler fuses multiply and add, nor the scale on whether it
-  replaces division by multiplication: every program, on every device, computes the same bits.
+  then do not depend on whether the compiler fuses multiply and add, nor the scale on how it
+  divides by a constant: every program computes the same bits.
   NaN stays NaN; a scale below the smallest normal float32 becomes 0.
   """
   step = 1 << 7  # 24 - 17 bits

@@ -14,6 +14,9 @@ from jaxcomm.compressors._base import Payload, check_float
 # Magnitudes relative to the scale; a code's low three bits are the index into this list.
 LEVELS = (0.0, *(2.0**e for e in range(-6, 1)))
 
+# The least threshold, 2^-7 times this, is the smallest normal float32.
+_SMALLEST_SCALE = 2.0**-119
+
 
 @dataclasses.dataclass(frozen=True)
 class E3M0:
@@ -28,8 +31,9 @@ class E3M0:
   bits 0-2, low nibble first), `scales` float32[ceil(d / block_size)]; in bytes
   ceil(d / 2) + 4 * ceil(d / block_size).
 
-  A block of zeros decodes to zeros; one with NaN or Inf decodes to NaN everywhere. Numbers below
-  the smallest normal float32 (1.2e-38) count as zero.
+  A block of zeros decodes to zeros; one with NaN or Inf decodes to NaN everywhere. A block with
+  max |x| < 2^-119 (1.5e-36) is sent as zeros, because XLA flushes subnormal numbers on some
+  devices.
 
   Attributes:
     block_size: elements per scale, even and at least 8.
@@ -78,24 +82,27 @@ class E3M0:
     """Codes and scales of `x`, any shape and float dtype; see the class."""
     check_float(x)
     x_KB = _blocks.to_blocks(x.astype(jnp.float32), self.block_size)
-    scale_K1 = _blocks.block_absmax(x_KB)
-    ratio_KB = _blocks.divide_by_scale(x_KB, scale_K1, 1.0)
-    index_KB = self._round(key, jnp.abs(ratio_KB))
-    negative_KB = (ratio_KB < 0) & (index_KB > 0)  # one code for zero
+    absmax_K1 = _blocks.block_absmax(x_KB)
+    scale_K1 = jnp.where(absmax_K1 < _SMALLEST_SCALE, 0.0, absmax_K1)
+    index_KB = self._round(key, jnp.abs(x_KB), scale_K1)
+    negative_KB = (x_KB < 0) & (index_KB > 0)  # one code for zero
     codes_KB = index_KB | (negative_KB.astype(jnp.uint8) << 3)
     codes = _blocks.pack_nibbles(_blocks.from_blocks(codes_KB, x.size))
     scales = scale_K1.reshape(-1)[: _blocks.num_blocks(x.size, self.block_size)]
     return {"codes": codes, "scales": scales}
 
-  def _round(self, key: jax.Array | None, ratio: jax.Array) -> jax.Array:
-    """Index into LEVELS for magnitudes in [0, 1]."""
+  def _round(self, key: jax.Array | None, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+    """Index into LEVELS of the magnitudes x; 0 in blocks whose scale is zero or NaN."""
+    scale_K1 = jnp.where(scale_K1 > 0, scale_K1, jnp.nan)  # no comparison with NaN is true
     if self.rounding == "nearest":
-      return _count_reached(ratio, [(a + b) / 2 for a, b in itertools.pairwise(LEVELS)])
-    index = _count_reached(ratio, LEVELS[1:])
-    low, high = _level(index), _level(jnp.minimum(index + 1, 7))
-    # At the top level both neighbours are 1 and 0 < 0 keeps it there.
-    up = _blocks.uniform(key, ratio.shape) * (high - low) < ratio - low
-    return index + up.astype(jnp.uint8)
+      middles = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
+      return _count_reached(x_KB, scale_K1, middles)
+    index_KB = _count_reached(x_KB, scale_K1, LEVELS[1:])
+    low_KB = _level(index_KB) * scale_K1
+    gap_KB = _level(jnp.minimum(index_KB + 1, 7)) * scale_K1 - low_KB
+    # At the top level the gap is zero, and 0 < 0 keeps it there.
+    up_KB = _blocks.uniform(key, x_KB.shape) * gap_KB < x_KB - low_KB
+    return index_KB + up_KB.astype(jnp.uint8)
 
   def decompress(
     self, payload: Payload, shape: tuple[int, ...], dtype: Any = jnp.float32
@@ -117,10 +124,11 @@ class E3M0:
     return -(-size // 2) + 4 * _blocks.num_blocks(size, self.block_size)
 
 
-def _count_reached(ratio: jax.Array, thresholds) -> jax.Array:
-  reached = jnp.zeros(ratio.shape, jnp.uint8)
+def _count_reached(x_KB: jax.Array, scale_K1: jax.Array, thresholds) -> jax.Array:
+  """How many of thresholds * scale each x has reached: products, since division is less exact."""
+  reached = jnp.zeros(x_KB.shape, jnp.uint8)
   for threshold in thresholds:
-    reached += (ratio >= threshold).astype(jnp.uint8)
+    reached += (x_KB >= threshold * scale_K1).astype(jnp.uint8)
   return reached
 
 
