@@ -29,9 +29,9 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
   if not inner:
     return [P()] * len(leaves)
   if isinstance(specs, P):
-    return [_only(specs, inner)] * len(leaves)
+    return [only(specs, inner)] * len(leaves)
   if specs is not None:
-    return [_only(s, inner) for s in treedef.flatten_up_to(specs)]
+    return [only(s, inner) for s in treedef.flatten_up_to(specs)]
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types))
   auto = {a: mesh.shape[a] for a in inner if kinds[a] == jax.sharding.AxisType.Auto}
@@ -40,7 +40,7 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
       f"`specs` must say how the leaves are sharded over the automatic mesh axes {auto}:"
       " pass a tree of PartitionSpec like the parameters, or jax.P() if they are replicated."
     )
-  return [_only(jax.typeof(x).sharding.spec, inner) for x in leaves]
+  return [only(jax.typeof(x).sharding.spec, inner) for x in leaves]
 
 
 def on_shards(fun: Callable, specs: list[P]) -> Callable:
@@ -79,7 +79,7 @@ def _names(spec: P) -> list[str]:
   return [name for part in parts for name in part]
 
 
-def _only(spec: P, axes: tuple[str, ...]) -> P:
+def only(spec: P, axes: tuple[str, ...]) -> P:
   """`spec` without the axes that are not in `axes`."""
 
   def keep(part):

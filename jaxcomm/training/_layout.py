@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxcomm import _axes
+from jaxcomm import _axes, _shards
 from jaxcomm.transforms import apply_updates, just_synced
 
 AxisType = jax.sharding.AxisType
@@ -66,13 +66,28 @@ class Layout:
 
     return jax.tree.map(leaf, state, self.varying)
 
-  def automatic(self, fun: Callable, out_specs: Any) -> Callable:
-    """`fun` with Explicit inner axes left to the compiler; `out_specs` fix its results' types."""
-    kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types))
-    explicit = {a for a, kind in kinds.items() if kind == AxisType.Explicit and a != "replica"}
-    if not explicit:
+  @property
+  def local_specs(self) -> TrainState:
+    """`TrainState` of `PartitionSpec`: each leaf of one replica over the other axes."""
+
+    def local(shape, varies):
+      spec = shape.sharding.spec
+      return P(*spec[1:]) if varies else spec
+
+    return jax.tree.map(local, self.shapes, self.varying)
+
+  def typed(self, fun: Callable, in_specs: Any) -> Callable:
+    """`fun` of one replica, its arguments sharded by `in_specs` in their types on Explicit axes."""
+    inner = tuple(a for a in self._explicit_axes if a != "replica")
+    if not inner:
       return fun
-    return jax.sharding.auto_axes(fun, axes=tuple(sorted(explicit)), out_sharding=out_specs)
+    in_specs = jax.tree.map(lambda s: _shards.only(s, inner), in_specs)
+    return jax.sharding.explicit_axes(fun, axes=inner, in_sharding=in_specs)
+
+  @property
+  def _explicit_axes(self) -> tuple[str, ...]:
+    kinds = zip(self.mesh.axis_names, self.mesh.axis_types)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
   def over_replicas(self, fun: Callable, *, returns_state: bool = True) -> Callable:
     """Lifts `fun(state, batch)` of one replica to the stacked state and the global batch.
@@ -95,13 +110,25 @@ class Layout:
       state = jax.tree.map(lambda x, varies: lead(x) if varies else x, state, varying_out)
       return state, jax.tree.map(lambda x: lead(jnp.asarray(x, jnp.float32)), metrics)
 
-    return jax.shard_map(
+    # JAX 0.10 gathers what is sharded over an Explicit axis where it enters or leaves a region that
+    # is manual over other axes only: cross that border with Auto axes.
+    explicit = self._explicit_axes
+    call = jax.shard_map(
       body,
-      mesh=self.mesh,
+      mesh=None if explicit else self.mesh,
       in_specs=(jax.tree.map(spec, self.varying), P("replica")),
       out_specs=(jax.tree.map(spec, varying_out), P("replica")),
       axis_names={"replica"},
     )
+    if not explicit:
+      return call
+
+    def typed(spec):  # types know Explicit axes only
+      return jax.NamedSharding(self.mesh, _shards.only(spec, explicit))
+
+    state_out = jax.tree.map(lambda s: typed(s.spec), self.shardings) if varying_out else ()
+    out = (state_out, typed(P("replica")))
+    return jax.sharding.auto_axes(call, axes=explicit, out_sharding=out)
 
   def _vmapped(self, fun: Callable, varying_out: Any) -> Callable:
     def axis(varies):

@@ -128,19 +128,22 @@ def make_train_step(
       f"mesh axis 'replica' must have size 1 or `num_replicas`={num_replicas}, got {size}."
     )
   layout = make_layout(init_params, tx, mesh, param_specs, num_replicas)
-  evaluate_fn = layout.automatic(loss_fn, P())
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  grad_fn = layout.automatic(grad_fn, ((P(), P()), layout.param_specs))
+
+  def update(state: TrainState, grads):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = apply_updates(state.params, updates, opt_state)
+    return TrainState(state.step + 1, params, opt_state)
+
+  typed_update = layout.typed(update, (layout.local_specs, layout.param_specs))
 
   def local_step(state: TrainState, batch):
     params = _axes.vary(state.params, "replica")  # else the gradient arrives already summed
     (loss, aux), grads = grad_fn(params, batch)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = apply_updates(state.params, updates, opt_state)
-    return TrainState(state.step + 1, params, opt_state), {"loss": loss, **aux}
+    return typed_update(state, grads), {"loss": loss, **aux}
 
   def local_eval(state: TrainState, batch):
-    loss, aux = evaluate_fn(at_outer_params(state.params, state.opt_state), batch)
+    loss, aux = loss_fn(at_outer_params(state.params, state.opt_state), batch)
     tokens = jnp.asarray(aux.get("tokens", 1.0), jnp.float32)
     return {"loss_sum": loss.astype(jnp.float32) * tokens, "tokens": tokens}
 

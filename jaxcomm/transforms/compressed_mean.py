@@ -13,6 +13,7 @@ from jaxcomm.collectives import (
   compressed_pmean_with_error,
 )
 from jaxcomm.compressors import Compressor
+from jaxcomm.transforms._checks import check_floating
 
 _MEANS = {"two_hop": compressed_pmean_with_error, "all_gather": allgather_pmean_with_error}
 
@@ -72,7 +73,8 @@ def compressed_mean(
     A `GradientTransformation`.
 
   Raises:
-    ValueError: unknown `algorithm`, an unbound axis, or missing `specs`.
+    ValueError: unknown `algorithm`; in update an unbound axis, missing `specs`, or an update that
+      is not floating point.
 
   References:
     Seide et al., 1-Bit Stochastic Gradient Descent, 2014 (error feedback); Wang et al., ZeRO++,
@@ -110,6 +112,7 @@ def compressed_mean(
   def update_fn(updates, state, params=None):
     del params
     _axes.axis_size(axis_name)
+    check_floating("updates", updates)
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
     paths = [path for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
