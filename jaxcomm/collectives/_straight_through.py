@@ -22,6 +22,9 @@ def straight_through(
   and each device gets its N-th part. Without them, and under vmap, the transpose of a sum is the
   sum of the cotangents: their mean crosses the wire, by the same `mean`.
 
+  JAX 0.10 does not bind the axis in the backward pass of a `jax.vmap(axis_name=...)` that is
+  differentiated from outside, so that raises the error of an unbound axis.
+
   `x` must be typed as differing already: the transpose of that cast is then JAX's own.
   """
   return mean(x, axis_name, compressor, key)

@@ -40,7 +40,8 @@ def compressed_pmean(
   through), in the convention in force. With replication checks (`jax.shard_map(check_vma=True)`)
   the cotangent is equal on all devices and each gets its N-th part: nothing crosses the wire.
   Without checks, and under `jax.vmap`, the transpose of a sum is the sum of the cotangents, so
-  their mean crosses the wire, by this same function.
+  their mean crosses the wire, by this same function. `jax.grad` may stand inside or outside of
+  `jax.shard_map`, but only inside of `jax.vmap(axis_name=...)`.
 
   Args:
     x: any shape, floating-point dtype. Works inside `jax.shard_map` (with or without replication
@@ -54,7 +55,8 @@ def compressed_pmean(
     The mean, in the shape and dtype of `x`.
 
   Raises:
-    ValueError: `axis_name` is unbound, `x` is not floating point, or the key is missing.
+    ValueError: `axis_name` is unbound (also if `jax.grad` stands outside of `jax.vmap`), `x` is not
+      floating point, or the key is missing.
 
   Source: ZeRO++ (arXiv 2306.10209, section 3.3), with a second compressed hop.
 
