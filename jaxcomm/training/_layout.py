@@ -186,11 +186,6 @@ def make_layout(
     param_specs = jax.tree.map(lambda _: one, shapes.params)
   specs = TrainState(cast(Any, P()), param_specs, _opt_specs(tx, shapes, param_specs))
   varying = _varying_leaves(tx, mesh, num_replicas, shapes, specs)
-  if just_synced(varying.opt_state):
-    raise ValueError(
-      "`tx` must end rounds on all replicas at once, but its step counter differs per replica:"
-      " a wrapper such as optax.apply_if_finite belongs inside `inner`."
-    )
   replica = "replica" if mesh.shape["replica"] == num_replicas else None
 
   def place(shape, spec, varies):
@@ -241,6 +236,11 @@ def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
   varying = jax.tree.map(lambda _: False, shapes)
   while True:
     found = _vary_once(tx, abstract, varying, shapes, specs)
+    if just_synced(found.opt_state):
+      raise ValueError(
+        "`tx` must end rounds on all replicas at once, but its step counter differs per replica:"
+        " what skips steps by a replica's own gradient belongs inside `inner`."
+      )
     if jax.tree.leaves(found) == jax.tree.leaves(varying):
       return varying
     varying = found

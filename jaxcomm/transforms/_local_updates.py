@@ -162,5 +162,6 @@ def _check_equal(step: Any, axis_name: str) -> None:
   if any(axis_name in _axes.varying_axes(x) for x in jax.tree.leaves(step)):
     raise ValueError(
       f"`outer` must average over axis `{axis_name}`, but its updates differ per replica: put"
-      f' pmean_over("{axis_name}") or compressed_mean("{axis_name}", ...) first in its chain.'
+      f' pmean_over("{axis_name}") or compressed_mean("{axis_name}", ...) first in its chain, and'
+      " pass its momentum into jax.shard_map as equal on all replicas."
     )

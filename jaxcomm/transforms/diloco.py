@@ -31,6 +31,9 @@ def diloco(
   parameters: :math:`2\frac{N-1}{N} 4P` bytes per device with `pmean_over` and `P` parameters,
   about an eighth with 4-bit codes on both hops.
 
+  What skips steps by a replica's own gradient (`optax.apply_if_finite`) belongs inside `inner`: all
+  replicas must count the same steps, or they wait for each other forever.
+
   Per replica: parameters, `inner_state` and error-feedback residuals. Equal: outer parameters and
   outer momentum. A restore needs the same number of replicas, or a named replica change.
 
