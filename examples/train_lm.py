@@ -11,7 +11,7 @@ data parallelism.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,12 @@ class Config(RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("sync_period", "batch_size", "seq_len", "eval_batches"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+    for name in ("sync_period", "batch_size", "seq_len", "eval_batches", "schedule_steps"):
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    for name in ("warmup", "weight_decay"):
+      if not getattr(self, name) >= 0:
+        raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
     for name in ("lr", "outer_lr"):
       if not getattr(self, name) > 0:
         raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
@@ -119,11 +122,16 @@ def build_transform(config: Config, specs) -> optax.GradientTransformation:
   return jaxcomm.diloco(inner, optax.chain(mean, nesterov), sync_period=config.sync_period)
 
 
-def build_data(config: Config, model: llama.LlamaConfig, rows: dict[str, int]):
-  """This process's training rows, the evaluation batches, and the corpus."""
+def load_corpus(config: Config, model: llama.LlamaConfig) -> data.TextCorpus:
+  """The tokens, all of which the model knows."""
   corpus = data.prepare_text(config.data, vocab_size=min(model.vocab_size, 8192))
   for split in ("train", "validation"):
     data.check_token_ids(corpus.tokens(split), model.vocab_size)
+  return corpus
+
+
+def build_data(config: Config, corpus: data.TextCorpus, rows: dict[str, Any]):
+  """This process's training rows, and the evaluation batches."""
   train = data.load_text(corpus, split="train", seq_len=config.seq_len)
   validation = data.load_text(corpus, split="validation", seq_len=config.seq_len)
   available = len(validation) // config.batch_size
@@ -131,7 +139,7 @@ def build_data(config: Config, model: llama.LlamaConfig, rows: dict[str, int]):
   evaluation = data.eval_batches(
     validation, config.batch_size, min(config.eval_batches, max(available, 1)), **rows
   )
-  return batches, evaluation, corpus
+  return batches, evaluation
 
 
 def main(config: Config) -> None:
@@ -146,6 +154,7 @@ def main(config: Config) -> None:
   model = getattr(llama, config.preset)()
   if config.vocab_size is not None:
     model = dataclasses.replace(model, vocab_size=config.vocab_size)
+  corpus = load_corpus(config, model)
 
   def init(key):
     return llama.init(key, model)
@@ -160,7 +169,7 @@ def main(config: Config) -> None:
     param_specs=specs,
     num_replicas=config.replicas,
   )
-  batches, evaluation, corpus = build_data(config, model, train_step.local_rows(config.batch_size))
+  batches, evaluation = build_data(config, corpus, train_step.local_rows(config.batch_size))
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32

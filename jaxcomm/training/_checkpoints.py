@@ -1,9 +1,11 @@
 """Checkpoints with orbax: asynchronous, atomic, verified; replica changes only by name."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 from typing import Any, Literal
@@ -11,13 +13,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jaxcomm.training._layout import Layout, TrainState
 from jaxcomm.training._replicas import average_replicas, broadcast_replica
 
 _LOG = logging.getLogger(__name__)
 _DIGEST = "digest.json"
+# Besides itself what orbax writes with the commit: times and an empty mark, nothing of the state.
+_UNCHECKED = frozenset((_DIGEST, "_CHECKPOINT_METADATA", "commit_success.txt"))
 ReplicaChange = Literal["average_replicas", "broadcast_replica"]
 
 
@@ -38,9 +41,11 @@ class Checkpoints:
   """The checkpoints of one run, in a folder with one sub-folder per step.
 
   A save copies the state to the host, returns, and is written in the background; a folder appears
-  under its final name only when it is complete, so a kill at any moment leaves the one before.
-  Every file's digest is recorded after the commit. The last `keep` checkpoints and the one with
-  the lowest `eval_loss` are kept.
+  under its final name only when it is complete, with a digest of every file, so a kill at any
+  moment leaves the one before. The last `keep` checkpoints and the one with the lowest `eval_loss`
+  are kept.
+
+  As a context manager it waits for the last save and frees the threads.
 
   Per-replica leaves are stored with their leading replica axis, equal ones once. The same number
   of replicas may be restored on any mesh, also stacked on one device.
@@ -56,28 +61,38 @@ class Checkpoints:
       raise ValueError(f"`keep` must be at least 2: the newest may be damaged, got {keep}.")
     self._directory = pathlib.Path(directory).absolute()
     self._layout = layout
-    best = checkpoint_managers.BestN(
-      get_metric_fn=lambda metrics: metrics["eval_loss"],
-      reverse=True,
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
-    policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), best])
+    self._saving: tuple[int, float | None] | None = None  # step and its `eval_loss`
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True, preservation_policy=policy
+        cleanup_tmp_directories=True,
+        preservation_policy=_LatestAndBest(self._directory, keep),
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._record_digest),
       ),
     )
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, *exc) -> None:
+    try:
+      self.close()
+    except CheckpointError:
+      if kind is None:
+        raise  # else the error that ended the block says more
+
   def close(self) -> None:
-    """Frees the manager's threads."""
-    self._manager.close()
+    """Waits like `wait`, then frees the manager's threads."""
+    try:
+      self.wait()
+    finally:
+      with contextlib.suppress(Exception):  # the failed save that `wait` has reported
+        self._manager.close()
 
   @property
   def steps(self) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    return sorted(self._manager.all_steps())
+    """Steps of the complete checkpoints, oldest first; not one that is being written."""
+    return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
 
   def save(
     self, step: int, state: TrainState, meta: dict[str, Any], *, eval_loss: float | None = None
@@ -93,15 +108,15 @@ class Checkpoints:
       CheckpointError: this or the previous save failed, e.g. the disk is full.
     """
     self.wait()
-    meta = {"replicas": self._layout.num_replicas, "leaves": _describe(state), **meta}
+    record = {"replicas": self._layout.num_replicas, "leaves": _describe(state), "run": meta}
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(_flatten(state)), meta=ocp.args.JsonSave(meta)
+      state=ocp.args.StandardSave(_flatten(state)), meta=ocp.args.JsonSave(record)
     )
-    metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+    self._saving = step, eval_loss
     try:
-      self._manager.save(step, args=args, metrics=metrics, force=True)
+      self._manager.save(step, args=args, force=True)
     except OSError as e:
-      raise CheckpointError(f"checkpoint of step {step} not written: {e}") from e
+      raise self._not_written(e) from e
 
   def wait(self) -> None:
     """Blocks until nothing is being written.
@@ -111,14 +126,23 @@ class Checkpoints:
     """
     try:
       self._manager.wait_until_finished()
-    except Exception as e:
-      raise CheckpointError(
-        f"a checkpoint under {self._directory} could not be written ({_first_line(e)});"
-        f" complete ones: {self.steps}."
-      ) from e
-    if jax.process_index() == 0:
-      for step in self.steps:
-        _record_digest(self._directory / str(step))
+    except Exception as e:  # whatever a full disk makes the writers raise
+      raise self._not_written(e) from e
+
+  def _not_written(self, e: Exception) -> CheckpointError:
+    step = self._saving[0] if self._saving else None
+    return CheckpointError(
+      f"the checkpoint of step {step} under {self._directory} could not be written"
+      f" ({_first_line(e)}); complete ones: {self.steps or 'none'}."
+    )
+
+  def _record_digest(self) -> None:
+    """Called by orbax in its thread, on one process, after the last write, before the commit."""
+    assert self._saving is not None
+    step, eval_loss = self._saving
+    [folder] = self._directory.glob(f"{step}.orbax-checkpoint-tmp*")
+    record = {"eval_loss": eval_loss, "files": _digest(folder)}
+    (folder / _DIGEST).write_text(json.dumps(record))
 
   def restore(self, *, replica_change: ReplicaChange | None = None) -> Restored:
     """The newest checkpoint that is whole; damaged ones are set aside with a warning.
@@ -151,23 +175,23 @@ class Checkpoints:
 
   def _restore_step(self, step: int, replica_change: ReplicaChange | None) -> Restored:
     saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    meta = saved["meta"]
-    layout, num_replicas = self._layout, meta["replicas"]
+    record = saved["meta"]
+    layout, num_replicas = self._layout, record["replicas"]
     if num_replicas != layout.num_replicas and replica_change is None:
       raise CheckpointError(
         f"the checkpoint holds {num_replicas} replicas, this run has {layout.num_replicas}: what"
         " each replica learnt since the last exchange has no unique place there. Ask for"
-        " average_replicas or broadcast_replica."
+        " average_replicas or broadcast_replica (--replica-change)."
       )
     shapes = _with_replicas(layout, num_replicas)
-    _check_leaves(meta["leaves"], _describe(shapes), step)
+    _check_leaves(record["leaves"], _describe(shapes), step)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_flatten(shapes)))
     flat = self._manager.restore(step, args=args)["state"]
     state = jax.tree.unflatten(jax.tree.structure(shapes), [flat[k] for k in _flatten(shapes)])
     if num_replicas != layout.num_replicas:
-      change = {"average_replicas": average_replicas, "broadcast_replica": broadcast_replica}
-      state = change[replica_change](state, layout)
-    return Restored(step, state, meta)
+      averages = replica_change == "average_replicas"
+      state = (average_replicas if averages else broadcast_replica)(state, layout)
+    return Restored(step, state, record["run"])
 
   def _set_aside(self, steps: list[int]) -> None:
     """Renames damaged checkpoints, so that their steps can be saved again; deletes nothing."""
@@ -186,6 +210,30 @@ class Checkpoints:
         _LOG.warning("moved the damaged checkpoint of step %d to %s.", step, target)
     _wait_for_all("damaged checkpoints are set aside")
     self._manager.reload()
+
+
+class _LatestAndBest:
+  """Which checkpoints orbax may not delete: the newest, and that of lowest `eval_loss`."""
+
+  def __init__(self, directory: pathlib.Path, num_latest: int):
+    self._directory, self._num_latest = directory, num_latest
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = sorted(c.step for c in checkpoints)
+    losses = {step: _eval_loss(self._directory / str(step)) for step in steps}
+    best = [s for s in steps if losses[s] == min(losses.values()) < math.inf][:1]
+    kept = {*steps[-self._num_latest :], *best}
+    return [c.step in kept for c in checkpoints]
+
+
+def _eval_loss(path: pathlib.Path) -> float:
+  """As recorded; infinite if it was not measured, or is damaged."""
+  try:
+    loss = float(json.loads((path / _DIGEST).read_text())["eval_loss"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return math.inf
+  return math.inf if math.isnan(loss) else loss
 
 
 def _wait_for_all(name: str) -> None:
@@ -232,7 +280,7 @@ def _check_leaves(saved: dict[str, list], wanted: dict[str, list], step: int) ->
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in path.rglob("*") if p.is_file() and p.name != _DIGEST)
+  return sorted(p for p in path.rglob("*") if p.is_file() and p.name not in _UNCHECKED)
 
 
 def _digest(path: pathlib.Path) -> dict[str, str]:
@@ -243,22 +291,9 @@ def _digest(path: pathlib.Path) -> dict[str, str]:
   return digests
 
 
-def _record_digest(path: pathlib.Path) -> None:
-  target = path / _DIGEST
-  if target.exists():
-    return
-  temporary = target.with_suffix(".tmp")
-  temporary.write_text(json.dumps(_digest(path)))
-  os.replace(temporary, target)
-
-
 def _verify_digest(path: pathlib.Path) -> None:
-  """Raises if a file differs from what was committed; a kill may have left no record."""
-  try:
-    recorded = json.loads((path / _DIGEST).read_text())
-  except FileNotFoundError:
-    return
-  now = _digest(path)
+  """Raises if a file, or the record of the digests, is not what was written."""
+  recorded, now = json.loads((path / _DIGEST).read_text())["files"], _digest(path)
   wrong = [name for name in recorded if recorded[name] != now.get(name)]
   if wrong:
     raise OSError(f"{wrong[0]} is not what was written")
@@ -270,7 +305,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def tree_digest(tree: Any) -> str:
-  """A hash of all leaves' bits: equal trees have equal digests.
+  """A hash of all leaves: equal if names, shapes, dtypes and bits are.
 
   Example:
     >>> import numpy as np
@@ -279,5 +314,6 @@ def tree_digest(tree: Any) -> str:
   """
   h = hashlib.blake2b()
   for name, leaf in _flatten(tree).items():
-    h.update(name.encode() + np.asarray(leaf).tobytes())
+    x = np.asarray(leaf)
+    h.update(f"{name} {x.shape} {x.dtype} ".encode() + x.tobytes())
   return h.hexdigest()

@@ -1,7 +1,10 @@
 """Starting a script: flags, devices, processes, and errors in one line."""
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -67,10 +70,16 @@ class RunConfig:
       raise ValueError(f"`max_devices` must be at least 1, got {self.max_devices}.")
     if self.resume and self.out is None:
       raise ValueError("`resume` needs `out`, the folder of the run to continue.")
+    if self.replica_change is not None and not self.resume:
+      raise ValueError(f"`replica_change` needs `resume`, got {self.replica_change!r} without.")
     several = (self.coordinator, self.num_processes, self.process_id)
     if any(x is not None for x in several) and any(x is None for x in several):
       raise ValueError(
         f"`coordinator`, `num_processes` and `process_id` must be given together, got {several}."
+      )
+    if self.num_processes is not None and not 0 <= (self.process_id or 0) < self.num_processes:
+      raise ValueError(
+        f"`process_id` must be in [0, `num_processes`={self.num_processes}), got {self.process_id}."
       )
 
 
@@ -100,7 +109,9 @@ def launch(
   *,
   description: str | None = None,
 ) -> None:
-  """Parses flags, runs `main`, and turns expected errors into one line and exit code 1.
+  """Parses flags, runs `main`, and turns expected errors into one line.
+
+  The exit code is then 1, or 2 if the flags cannot be parsed.
 
   With `--resume` the flags not given are those of the run in `--out`. Set JAXCOMM_DEBUG=1 for the
   full traceback of an error.
@@ -111,19 +122,66 @@ def launch(
     argv: default the command line.
     description: text of `--help`.
   """
-  import tyro
-
   argv = sys.argv[1:] if argv is None else list(argv)
   try:
-    default = _saved_flags(config_type, argv)
-    config = tyro.cli(config_type, args=argv, default=default, description=description)
-    main(config)
+    main(_parse(config_type, argv, description))
   except _EXPECTED as e:
     if os.environ.get("JAXCOMM_DEBUG"):
       raise
     message = " ".join(str(e).split()) or type(e).__name__
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(1) from e
+    raise SystemExit(2 if isinstance(e, _UsageError) else 1) from e
+
+
+class _UsageError(ValueError):
+  """Flags that cannot be parsed."""
+
+
+def _parse(config_type: type[ConfigT], argv: Sequence[str], description: str | None) -> ConfigT:
+  """`tyro.cli`, with the box that it draws around an error turned into a sentence."""
+  import tyro
+
+  default = _saved_flags(config_type, argv)
+
+  def parse():
+    return tyro.cli(config_type, args=argv, default=default, description=description)
+
+  try:
+    with contextlib.redirect_stderr(io.StringIO()):
+      return parse()
+  except SystemExit as e:
+    if e.code != 2:
+      raise
+  box = io.StringIO()
+  with contextlib.redirect_stderr(box), _wide_terminal(), contextlib.suppress(SystemExit):
+    parse()
+  raise _UsageError(_sentence(box.getvalue(), config_type.__name__))
+
+
+@contextlib.contextmanager
+def _wide_terminal():
+  """No line is broken meanwhile."""
+  before = os.environ.get("COLUMNS")
+  os.environ["COLUMNS"] = "100000"
+  try:
+    yield
+  finally:
+    os.environ.pop("COLUMNS")
+    if before is not None:
+      os.environ["COLUMNS"] = before
+
+
+def _sentence(box: str, name: str) -> str:
+  """The sections of a box but the last, which tells of --help, on one line."""
+  sections = [""]
+  for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # below the title
+    text = line.strip("│╰╯ ")
+    if set(text) <= set("─-"):  # a rule; where only ASCII can be printed there are no sides
+      sections.append("")
+    else:
+      sections[-1] += f" {text}"
+  kept = [section.strip() for section in sections if section][:-1]
+  return "; ".join(kept).removeprefix(f"Error parsing {name}: ") + " (--help lists the flags)"
 
 
 def _saved_flags(config_type: type[ConfigT], argv: Sequence[str]) -> Any:
@@ -132,7 +190,7 @@ def _saved_flags(config_type: type[ConfigT], argv: Sequence[str]) -> Any:
   import tyro
 
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  first.add_argument("--out")
+  first.add_argument("--out", nargs="?")  # tyro says what is wrong without a value
   first.add_argument("--resume", action="store_true")
   known, _ = first.parse_known_args(argv)
   if not known.resume or known.out is None or "--help" in argv or "-h" in argv:
@@ -142,7 +200,10 @@ def _saved_flags(config_type: type[ConfigT], argv: Sequence[str]) -> Any:
   if unknown := sorted(saved.keys() - fields):
     raise ValueError(f"{known.out}/config.json has flags that this script lacks: {unknown}.")
   kept = {k: v for k, v in saved.items() if k not in _NEVER_KEPT}
-  return config_type(**kept, out=known.out)
+  try:
+    return config_type(**kept, out=known.out)
+  except (TypeError, ValueError) as e:
+    raise ValueError(f"{known.out}/config.json does not hold the flags of a run: {e}") from e
 
 
 def start_devices(config: RunConfig) -> list[Any]:
@@ -185,7 +246,7 @@ def _before_start(local_devices: int, config: RunConfig) -> None:
   except RuntimeError:
     return  # called from a program that has started JAX on devices of its own
   cache = os.environ.get("JAXCOMM_CACHE")
-  if cache and jax.config.jax_compilation_cache_dir is None:
+  if cache and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
     jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
   if config.coordinator is not None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -1,5 +1,6 @@
 """The one training loop: every script configures it, none has its own."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -7,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm.training._checkpoints import Checkpoints
+from jaxcomm.training._checkpoints import CheckpointError, Checkpoints
 from jaxcomm.training._layout import TrainState
 from jaxcomm.training._progress import Progress
 from jaxcomm.training._run_folder import RunFolder
@@ -19,7 +21,7 @@ from jaxcomm.training._wire import StepWire
 
 
 class NonFiniteLossError(RuntimeError):
-  """The loss became NaN or infinite; the message names the step and the last good checkpoint."""
+  """Loss or parameters became NaN or infinite; the message names step and last checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ class Loop:
   """Runs `TrainStep` over batches.
 
   While step n runs on the device the host reads the metrics of step n - 1, which is also when a
-  non-finite loss stops the run. The iterator's state travels in every checkpoint; wire bytes are
-  counted for every step from `wire`.
+  non-finite loss stops the run; parameters that are not finite are never saved. The iterator's
+  state travels in every checkpoint; wire bytes are counted for every step from `wire`.
 
   Args:
     config: periods and length.
@@ -79,6 +81,8 @@ class Loop:
     folder: where to log; None for nowhere.
     checkpoints: where to save; None for nowhere.
     progress: display; None for none.
+    signal: an entered `TerminationSignal` to heed; None to note SIGTERM only while `run` runs.
+    data: name and hash of the data, kept in the checkpoints.
   """
 
   def __init__(
@@ -92,10 +96,13 @@ class Loop:
     folder: RunFolder | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
+    signal: TerminationSignal | None = None,
+    data: dict[str, str] | None = None,
   ):
     self._config, self._ts, self._batches = config, train_step, batches
     self._eval_batches, self._wire = eval_batches, wire
     self._folder, self._checkpoints, self._progress = folder, checkpoints, progress
+    self._signal, self._data = signal, data
     self._loss: float | None = None
     self._eval_loss: float | None = None
     self._first_eval_loss: float | None = None
@@ -111,7 +118,7 @@ class Loop:
       meta: of the restored checkpoint: iterator state and counters. None at the start of a run.
 
     Raises:
-      NonFiniteLossError: the loss is NaN or infinite.
+      NonFiniteLossError: the loss, or a parameter about to be saved, is NaN or infinite.
       CheckpointError: a checkpoint could not be written.
     """
     step = int(state.step)
@@ -122,13 +129,15 @@ class Loop:
       if self._first_eval_loss is not None:
         self._log({"step": 0, "eval_loss": self._first_eval_loss})
     self._logged_at = (step, time.perf_counter())
-    with TerminationSignal() as signal:
+    own = TerminationSignal() if self._signal is None else contextlib.nullcontext(self._signal)
+    with own as signal:
       state, step = self._steps(state, step, signal)
+      terminated = signal.received and step < self._config.steps
       if self._checkpoints is not None:
+        self._checkpoints.wait()
         if step not in self._checkpoints.steps:
           self._save(step, state)
-        self._checkpoints.wait()
-      terminated = signal.received and step < self._config.steps
+          self._checkpoints.wait()
     return LoopResult(
       state=state,
       step=step,
@@ -158,7 +167,7 @@ class Loop:
         pending, before = None, None  # the evaluation is not part of a step's time
       if self._checkpoints is not None and self._due(step, self._config.save_every):
         if pending is not None:
-          self._read(*pending)  # never save what has already gone wrong
+          self._read(*pending)
           pending = None
         self._save(step, state)
     if pending is not None:
@@ -183,7 +192,7 @@ class Loop:
     values = _means(metrics)
     self._loss = values["loss"]
     if not math.isfinite(self._loss):
-      self._stop_non_finite(step)
+      self._stop_non_finite(f"the loss is {self._loss} at", step)
     if eval_loss is not None:
       self._eval_loss = eval_loss
     if wanted:
@@ -220,26 +229,42 @@ class Loop:
 
   def _save(self, step: int, state: TrainState) -> None:
     assert self._checkpoints is not None
+    if not _all_finite(state.params):  # the loss shows it only one step later
+      self._stop_non_finite("a parameter is not finite after", step)
     meta = {
-      "data": self._batches.get_state(),  # pyright: ignore[reportAttributeAccessIssue]
+      "data": self._data,
+      "iterator": self._batches.get_state(),  # pyright: ignore[reportAttributeAccessIssue]
       "wire_bytes_total": self._wire_total,
+      "loss": self._loss,
+      "eval_loss": self._eval_loss,
       "first_eval_loss": self._first_eval_loss,
     }
     fresh = self._eval_loss if self._due(step, self._config.eval_every) else None
     self._checkpoints.save(step, state, meta, eval_loss=fresh)
 
   def _load_meta(self, meta: dict[str, Any]) -> None:
-    self._batches.set_state(meta["data"])  # pyright: ignore[reportAttributeAccessIssue]
+    self._batches.set_state(meta["iterator"])  # pyright: ignore[reportAttributeAccessIssue]
     self._wire_total = meta["wire_bytes_total"]
+    self._loss, self._eval_loss = meta["loss"], meta["eval_loss"]
     self._first_eval_loss = meta["first_eval_loss"]
 
-  def _stop_non_finite(self, step: int) -> None:
-    saved = [] if self._checkpoints is None else self._checkpoints.steps
+  def _stop_non_finite(self, what: str, step: int) -> None:
+    saved = []
+    if self._checkpoints is not None:
+      with contextlib.suppress(CheckpointError):
+        self._checkpoints.wait()
+      saved = self._checkpoints.steps
     where = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint"
     raise NonFiniteLossError(
-      f"loss is {self._loss} at step {step}; {where}. Try a lower learning rate, a longer warm-up"
-      " or a larger block size."
+      f"{what} step {step}; {where}. Try a lower learning rate, a longer warm-up or a smaller block"
+      " size."
     )
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+  leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves] or [jnp.array(True)]).all()
 
 
 def _host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:

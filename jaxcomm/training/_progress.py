@@ -43,14 +43,14 @@ class Progress:
 
   def advance(self, step: int) -> None:
     """Moves the bar."""
-    if self._bar is not None:
+    if self._bar is not None and self._task is not None:
       self._bar.update(self._task, completed=step)
 
   def report(self, row: dict[str, Any]) -> None:
     """Shows a logged row."""
     if self._quiet:
       return
-    if self._bar is not None:
+    if self._bar is not None and self._task is not None:
       self._bar.update(self._task, completed=row["step"], shown=_text(row))
       if "eval_loss" in row:
         self._bar.console.print(f"step {row['step']:>6}  {_text(row)}")

@@ -1,5 +1,6 @@
 """One run from start to summary: what every training script does around its model."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -14,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcomm.training._checkpoints import Checkpoints
+from jaxcomm.training._checkpoints import CheckpointError, Checkpoints
 from jaxcomm.training._launch import FREE_ON_RESUME, RunConfig
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult
 from jaxcomm.training._progress import Progress, format_bytes
 from jaxcomm.training._report import plot_report
 from jaxcomm.training._run_folder import RunFolder, RunFolderError
+from jaxcomm.training._signals import TerminationSignal
 from jaxcomm.training._step import TrainStep
 from jaxcomm.training._wire import StepWire, step_wire
 
@@ -57,15 +59,29 @@ class Task:
 def run(config: RunConfig, task: Task) -> LoopResult | None:
   """Compiles, says what will cross the wire, trains, and leaves the run folder behind.
 
+  SIGTERM at any time from here on: the step is finished, the state saved, and a line says so.
+
   Returns:
-    Where the loop ended; None after a dry run.
+    Where the loop ended; None after a dry run, or if the run to resume had finished.
 
   Raises:
     RunFolderError, CheckpointError, NonFiniteLossError: see there.
   """
+  with TerminationSignal() as signal:
+    return _run(config, task, signal)
+
+
+def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult | None:
   first = jax.process_index() == 0
   folder = None if config.out is None or config.dry_run else _open_folder(config, config.out, first)
   say = _say()
+  if config.resume and folder is not None and (folder.finished_steps or 0) >= config.steps:
+    say(
+      f"the run in {config.out} has already finished, at step {folder.finished_steps}: nothing to"
+      " do. Give a larger --steps to train on.",
+      flush=True,
+    )
+    return None
   say(_describe(config, task), flush=True)
   started = time.perf_counter()
   compiled = task.train_step.compile(task.batch_shapes)
@@ -75,7 +91,7 @@ def run(config: RunConfig, task: Task) -> LoopResult | None:
   if config.dry_run:
     say(_describe_memory(compiled))
     return None
-  result = _train(config, task, wire, folder, quiet=not first)
+  result = _train(config, task, wire, folder, signal)
   if result.terminated:
     saved = (
       f"saved step {result.step} in {config.out}; --resume continues" if folder else "not saved"
@@ -86,7 +102,6 @@ def run(config: RunConfig, task: Task) -> LoopResult | None:
     say(_describe_wire(task, wire, result.step_seconds, "measured"), flush=True)
   if folder is not None:
     folder.summarise(_summary(task, wire, result, time.perf_counter() - started))
-    folder.close()
     if first:
       plot_report(folder.path, title=task.title, dense_bytes_per_step=wire.dense)
       say(f"report: {folder.path / 'report.png'}", flush=True)
@@ -96,7 +111,7 @@ def run(config: RunConfig, task: Task) -> LoopResult | None:
 
 def _open_folder(config: RunConfig, out: str, first: bool) -> RunFolder:
   """The run folder; if one process cannot use it, all of them raise."""
-  may_change = FREE_ON_RESUME | ({"replicas"} if config.replica_change else set())
+  may_change = FREE_ON_RESUME | {"replicas"}  # the checkpoint says what that needs
   saved, folder, error = dataclasses.asdict(config), None, None
   try:
     folder = RunFolder(out, saved, resume=config.resume, may_change=may_change, write=first)
@@ -114,7 +129,7 @@ def _open_folder(config: RunConfig, out: str, first: bool) -> RunFolder:
   return folder
 
 
-def _train(config, task, wire, folder, *, quiet) -> LoopResult:
+def _train(config, task, wire, folder, signal) -> LoopResult:
   loop_config = LoopConfig(
     steps=config.steps,
     log_every=config.log_every,
@@ -122,26 +137,27 @@ def _train(config, task, wire, folder, *, quiet) -> LoopResult:
     save_every=config.save_every,
     tokens_per_step=task.tokens_per_step,
   )
-  checkpoints = None
-  if folder is not None:
-    checkpoints = Checkpoints(folder.checkpoints, task.train_step.layout, keep=config.keep)
-  try:
+  with contextlib.ExitStack() as stack:
+    checkpoints = None
+    if folder is not None:
+      stack.callback(folder.close)
+      layout = task.train_step.layout
+      checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, layout, keep=config.keep))
     state, meta = _start(config, task, folder, checkpoints)
-    with Progress(config.steps, quiet=quiet) as progress:
-      loop = Loop(
-        loop_config,
-        task.train_step,
-        task.batches,
-        eval_batches=task.eval_batches,
-        wire=wire,
-        folder=folder,
-        checkpoints=checkpoints,
-        progress=progress,
-      )
-      return loop.run(state, meta=meta)
-  finally:
-    if checkpoints is not None:
-      checkpoints.close()
+    progress = stack.enter_context(Progress(config.steps, quiet=jax.process_index() != 0))
+    loop = Loop(
+      loop_config,
+      task.train_step,
+      task.batches,
+      eval_batches=task.eval_batches,
+      wire=wire,
+      folder=folder,
+      checkpoints=checkpoints,
+      progress=progress,
+      signal=signal,
+      data=task.data,
+    )
+    return loop.run(state, meta=meta)
 
 
 def _start(config, task, folder, checkpoints):
@@ -150,10 +166,14 @@ def _start(config, task, folder, checkpoints):
     return task.train_step.init(jax.random.key(config.seed)), None
   if not checkpoints.steps:
     say("no checkpoint yet: starting from step 0.", flush=True)
-    folder.keep_until(-1)
+    folder.continue_from(-1)
     return task.train_step.init(jax.random.key(config.seed)), None
   restored = checkpoints.restore(replica_change=config.replica_change)
-  folder.keep_until(restored.step)
+  if restored.meta["data"] != task.data:
+    raise CheckpointError(
+      f"the run was trained on the data {restored.meta['data']}, which is now {task.data}."
+    )
+  folder.continue_from(restored.step)
   say(f"resumed from step {restored.step}.", flush=True)
   return restored.state, restored.meta
 
@@ -199,6 +219,8 @@ def _describe_wire(task: Task, wire: StepWire, step_seconds: float, how: str) ->
 
 def _describe_memory(compiled: jax.stages.Compiled) -> str:
   memory = compiled.memory_analysis()
+  if memory is None:
+    return "memory per device: the compiler does not say"
   state = memory.argument_size_in_bytes
   fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
   temporary = memory.temp_size_in_bytes

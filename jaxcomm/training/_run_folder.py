@@ -14,6 +14,9 @@ class RunFolderError(ValueError):
 class RunFolder:
   """`config.json`, `metrics.jsonl`, `summary.json` and `checkpoints/` under one path.
 
+  A new run writes its configuration at once; a resumed one changes nothing on disk before
+  `continue_from`, so that a refused or failed resume leaves the folder as it was.
+
   Args:
     path: the folder.
     config: JSON-able description of the run.
@@ -37,33 +40,45 @@ class RunFolder:
     write: bool = True,
   ):
     self.path = pathlib.Path(path)
+    self._config = config
     self._write = write
     self._lines = None
     saved = load_config(self.path) if resume else None
     if saved is not None:
       _check_same(saved, config, may_change, self.path)
-    elif write and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    elif write and self.path.exists() and not _is_unused(self.path):
       raise RunFolderError(
         f"{self.path} is not an empty folder: give --resume to continue the run in it, or another"
         " folder."
       )
-    if write:
-      self.path.mkdir(parents=True, exist_ok=True)
-      write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+    if saved is None:
+      self._write_config()
 
   @property
   def checkpoints(self) -> pathlib.Path:
     """Folder of the checkpoints."""
     return self.path / "checkpoints"
 
-  def keep_until(self, step: int) -> None:
-    """Drops metrics of steps after `step`: they are about to be computed again."""
-    path = self.path / "metrics.jsonl"
-    if not self._write or not path.exists():
+  @property
+  def finished_steps(self) -> int | None:
+    """Steps of the run that `summary.json` describes; None if no run has finished here."""
+    try:
+      return int(json.loads((self.path / "summary.json").read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+      return None
+
+  def continue_from(self, step: int) -> None:
+    """Drops metrics of steps after `step`, about to be computed again; records `config`."""
+    if not self._write:
       return
-    rows = read_metrics(self.path)
-    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-    write_atomically(path, "".join(kept))
+    kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
+    write_atomically(self.path / "metrics.jsonl", "".join(kept))
+    self._write_config()
+
+  def _write_config(self) -> None:
+    if self._write:
+      self.path.mkdir(parents=True, exist_ok=True)
+      write_atomically(self.path / "config.json", json.dumps(self._config, indent=2) + "\n")
 
   def log(self, row: dict[str, Any]) -> None:
     """Appends one line to `metrics.jsonl`."""
@@ -104,9 +119,12 @@ def load_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """All whole lines of `metrics.jsonl`; a kill may have cut the last one."""
+  """All whole lines of `metrics.jsonl`, none if it is missing; a kill may have cut the last."""
+  file = pathlib.Path(path) / "metrics.jsonl"
+  if not file.exists():
+    return []
   rows = []
-  for line in (pathlib.Path(path) / "metrics.jsonl").read_text().splitlines():
+  for line in file.read_text(errors="replace").splitlines():
     try:
       rows.append(json.loads(line))
     except ValueError:
@@ -122,6 +140,11 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
+
+
+def _is_unused(path: pathlib.Path) -> bool:
+  """Whether a run may start here; one killed while it wrote its configuration left a `.tmp`."""
+  return path.is_dir() and all(p.name == "config.json.tmp" for p in path.iterdir())
 
 
 def _check_same(
