@@ -106,9 +106,11 @@ class Checkpoints:
 
     Raises:
       CheckpointError: this or the previous save failed, e.g. the disk is full.
+      TypeError: `meta` is not JSON-able.
     """
     self.wait()
     record = {"replicas": self._layout.num_replicas, "leaves": _describe(state), "run": meta}
+    json.dumps(record)  # what is no JSON raises here, not in orbax's thread
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(_flatten(state)), meta=ocp.args.JsonSave(record)
     )

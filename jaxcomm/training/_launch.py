@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import re
 import sys
@@ -124,7 +125,10 @@ def launch(
   """
   argv = sys.argv[1:] if argv is None else list(argv)
   try:
-    main(_parse(config_type, argv, description))
+    config = _parse(config_type, argv, description)
+    if not os.environ.get("JAXCOMM_DEBUG"):
+      logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of what we report
+    main(config)
   except _EXPECTED as e:
     if os.environ.get("JAXCOMM_DEBUG"):
       raise
@@ -210,7 +214,8 @@ def start_devices(config: RunConfig) -> list[Any]:
   """Starts JAX on the devices that the run needs.
 
   Without an accelerator as many virtual CPU devices are made as the mesh needs. With several
-  processes the job is joined first. The persistent compilation cache is on.
+  processes the job is joined first: by the flags, or as Slurm, Open MPI or a TPU pod tell. Compiled
+  programs are kept in $JAXCOMM_CACHE, where that is set.
 
   Returns:
     Devices for the mesh: one for each place on `replicas * data_parallel * fsdp`, or only
@@ -228,10 +233,20 @@ def start_devices(config: RunConfig) -> list[Any]:
       f" got {processes}."
     )
   _before_start(needed // processes, config)
+  if processes > 1 and config.max_devices is not None and config.max_devices < needed:
+    raise ValueError(
+      f"`max_devices` = {config.max_devices} would stack replicas, which needs one process, got"
+      f" `num_processes` = {processes}."
+    )
   limit = needed if config.max_devices is None else config.max_devices
   devices = jax.devices()[:limit]
   if len(devices) >= needed:
     return devices[:needed]
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"`replicas` * `data_parallel` * `fsdp` = {needed} must not exceed the {len(devices)} devices"
+      f" of {jax.process_count()} processes: replicas are stacked only within one process."
+    )
   if len(devices) < inner:
     raise ValueError(
       f"`data_parallel` * `fsdp` = {inner} must not exceed the devices, got {len(devices)}"
@@ -244,6 +259,10 @@ def _before_start(local_devices: int, config: RunConfig) -> None:
   try:
     jax.config.update("jax_num_cpu_devices", local_devices)
   except RuntimeError:
+    if config.coordinator is not None:
+      raise ValueError(
+        "`coordinator` comes too late: this process has already started JAX by itself."
+      ) from None
     return  # called from a program that has started JAX on devices of its own
   cache = os.environ.get("JAXCOMM_CACHE")
   if cache and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
@@ -251,3 +270,12 @@ def _before_start(local_devices: int, config: RunConfig) -> None:
   if config.coordinator is not None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+  elif _in_cluster():
+    jax.distributed.initialize()
+
+
+def _in_cluster() -> bool:
+  """Whether a launcher that `jax.distributed.initialize()` knows started several processes."""
+  sizes = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
+  workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  return len(workers) > 1 or any(size.isdigit() and int(size) > 1 for size in sizes)
