@@ -109,8 +109,8 @@ class BlockInt:
     low_KB += ((low_KB + 1) * scale_K1 <= x_KB).astype(jnp.float32)
     low_KB -= (low_KB * scale_K1 > x_KB).astype(jnp.float32)
     fraction_KB = (x_KB - low_KB * scale_K1) * inverse_K1
-    up_KB = (_blocks.uniform(key, x_KB.shape) < fraction_KB) & usable_K1
-    return (low_KB + up_KB.astype(jnp.float32)).astype(jnp.int8)
+    up_KB = _blocks.uniform(key, x_KB.shape) < fraction_KB
+    return jnp.where(usable_K1, low_KB + up_KB.astype(jnp.float32), 0.0).astype(jnp.int8)
 
   def decompress(
     self, payload: Payload, shape: tuple[int, ...], dtype: Any = jnp.float32
