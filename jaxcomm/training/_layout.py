@@ -77,12 +77,24 @@ class Layout:
     return jax.tree.map(local, self.shapes, self.varying)
 
   def typed(self, fun: Callable, in_specs: Any) -> Callable:
-    """`fun` of one replica, its arguments sharded by `in_specs` in their types on Explicit axes."""
-    inner = tuple(a for a in self._explicit_axes if a != "replica")
-    if not inner:
+    """`fun` of one replica, its arguments sharded by `in_specs`; in their types on Explicit axes.
+
+    On Auto axes the compiler is told too: else it may shard a replicated leaf while it updates it,
+    and gather it afterwards.
+    """
+    if self.mesh.size == self.mesh.shape["replica"]:
       return fun
-    in_specs = jax.tree.map(lambda s: _shards.only(s, inner), in_specs)
-    return jax.sharding.explicit_axes(fun, axes=inner, in_sharding=in_specs)
+    explicit = tuple(a for a in self._explicit_axes if a != "replica")
+    if explicit:
+      known = jax.tree.map(lambda s: _shards.only(s, explicit), in_specs)
+      fun = jax.sharding.explicit_axes(fun, axes=explicit, in_sharding=known)
+
+    def call(*args):
+      mesh = self.mesh if self.stacked else jax.sharding.get_abstract_mesh()
+      shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), in_specs)
+      return fun(*jax.lax.with_sharding_constraint(args, shardings))
+
+    return call
 
   @property
   def _explicit_axes(self) -> tuple[str, ...]:

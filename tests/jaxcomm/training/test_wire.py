@@ -15,7 +15,7 @@ AxisType = jax.sharding.AxisType
 P = jax.P
 REPLICAS, PERIOD = 4, 20
 SHAPES = {"w": (32, 64), "b": (64,), "v": (64, 10)}
-SPECS = {"w": P("fsdp"), "b": P("fsdp"), "v": P("fsdp")}
+SPECS = {"w": P("fsdp"), "b": P(), "v": P("fsdp")}
 BATCH = {"x": np.ones((16, 32), np.float32)}
 
 
