@@ -11,11 +11,11 @@ data parallelism.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jaxcomm
@@ -53,30 +53,38 @@ class Config(RunConfig):
   """learning rate of DiLoCo's outer SGD"""
   outer_momentum: float = 0.6
   """Nesterov momentum of DiLoCo's outer SGD"""
-  warmup: int = 50
-  """steps of linear warm-up; then a cosine down to a tenth"""
+  warmup: int | None = None
+  """steps of linear warm-up, before a cosine down to a tenth; default 50, or half of a short run"""
   schedule_steps: int | None = None
   """length of the learning-rate schedule; default --steps"""
   weight_decay: float = 0.1
   """decoupled, of AdamW"""
   data: str = "sympy"
   """sympy, or the path of a text file"""
+  remat: Literal["none", "full", "dots"] = "none"
+  """what the backward pass computes again to save memory"""
+  dtype: Literal["float32", "bfloat16"] | None = None
+  """of the computation; default the preset's (parameters are float32)"""
   vocab_size: int | None = None
   """of tokenizer and model; default the preset's, at most 8192 for the tokenizer"""
-  eval_batches: int = 8
-  """batches per evaluation"""
+  eval_batches: int | None = None
+  """batches per evaluation; default 8, or all of a small validation split"""
 
   def __post_init__(self):
     super().__post_init__()
     for name in ("sync_period", "batch_size", "seq_len", "eval_batches", "schedule_steps"):
       if (value := getattr(self, name)) is not None and value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    for name in ("warmup", "weight_decay"):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+    if not 0 <= self.weight_decay < math.inf:
+      raise ValueError(f"`weight_decay` must be finite and at least 0, got {self.weight_decay}.")
     for name in ("lr", "outer_lr"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+    length = self.schedule_steps or self.steps
+    if self.warmup is not None and not 0 <= self.warmup < length:
+      raise ValueError(
+        f"`warmup` must be in [0, {length}), the length of the schedule, got {self.warmup}."
+      )
     if not 0 <= self.outer_momentum < 1:
       raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
     shards = self.replicas * self.data_parallel * self.fsdp
@@ -85,15 +93,27 @@ class Config(RunConfig):
         f"`batch_size` must be divisible by replicas * data_parallel * fsdp = {shards}, got"
         f" {self.batch_size}."
       )
-    if self.method == "none" and self.compressor not in ("auto", "none"):
+    compresses = self.compressor_name != "none"
+    if compresses and self.method == "none":
       raise ValueError(f"`compressor` has no effect with method 'none', got {self.compressor!r}.")
+    if compresses and self.compressor != "auto" and self.replicas == 1:
+      raise ValueError(
+        f"`compressor` acts between replicas, of which there is one, got {self.compressor!r}."
+      )
+    if self.error_feedback and not compresses:
+      raise ValueError("`error_feedback` needs a `compressor`: nothing is lost without one.")
+
+  @property
+  def compressor_name(self) -> str:
+    """`compressor`, with "auto" resolved."""
+    if self.compressor != "auto":
+      return self.compressor
+    return "int4" if self.method == "diloco" else "none"
 
 
 def build_mean(config: Config, specs) -> optax.GradientTransformation:
   """The mean over `replica` that the flags ask for."""
-  name = config.compressor
-  if name == "auto":
-    name = "int4" if config.method == "diloco" else "none"
+  name = config.compressor_name
   if name == "none":
     return jaxcomm.pmean_over("replica")
   compressor = {"int8": jaxcomm.int8, "int4": jaxcomm.int4, "e3m0": jaxcomm.e3m0}[name]()
@@ -105,7 +125,7 @@ def build_mean(config: Config, specs) -> optax.GradientTransformation:
 def build_transform(config: Config, specs) -> optax.GradientTransformation:
   """The optimizer: the method around AdamW."""
   steps = config.schedule_steps or config.steps
-  warmup = min(config.warmup, steps // 2)
+  warmup = min(50, steps // 2) if config.warmup is None else config.warmup
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, warmup, steps, end_value=0.1 * config.lr
   )
@@ -134,11 +154,10 @@ def build_data(config: Config, corpus: data.TextCorpus, rows: dict[str, Any]):
   """This process's training rows, and the evaluation batches."""
   train = data.load_text(corpus, split="train", seq_len=config.seq_len)
   validation = data.load_text(corpus, split="validation", seq_len=config.seq_len)
-  available = len(validation) // config.batch_size
   batches = data.batches(train, batch_size=config.batch_size, seed=config.seed, **rows)
-  evaluation = data.eval_batches(
-    validation, config.batch_size, min(config.eval_batches, max(available, 1)), **rows
-  )
+  available = len(validation) // config.batch_size
+  count = min(8, available) if config.eval_batches is None else config.eval_batches
+  evaluation = data.eval_batches(validation, config.batch_size, count, **rows)
   return batches, evaluation
 
 
@@ -152,8 +171,8 @@ def main(config: Config) -> None:
     replica=len(devices) // inner, data=config.data_parallel, fsdp=config.fsdp, devices=devices
   )
   model = getattr(llama, config.preset)()
-  if config.vocab_size is not None:
-    model = dataclasses.replace(model, vocab_size=config.vocab_size)
+  changes = {"vocab_size": config.vocab_size, "dtype": config.dtype, "remat": config.remat}
+  model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
   corpus = load_corpus(config, model)
 
   def init(key):
@@ -181,9 +200,14 @@ def main(config: Config) -> None:
       batches=batches,
       eval_batches=lambda: evaluation,
       batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
-      tokens_per_step=int(np.prod(rows)),
+      tokens_per_step=math.prod(rows),
+      flops_per_step=math.prod(rows) * llama.flops_per_token(model, config.seq_len),
       sync_period=rounds,
-      data={"name": corpus.meta["source"], "sha256": corpus.meta["text_sha256"]},
+      data={
+        "name": corpus.meta["source"],
+        "sha256": corpus.meta["text_sha256"],
+        "tokens_sha256": corpus.meta["files"]["train.tokens.npy"]["sha256"],
+      },
       title=f"train_lm: {config.preset} {config.model}, {config.method}"
       + (f" every {rounds} steps" if rounds else ""),
     ),

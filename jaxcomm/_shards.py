@@ -43,6 +43,17 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
   return [only(jax.typeof(x).sharding.spec, inner) for x in leaves]
 
 
+def check_unsharded(specs: Any) -> None:
+  """Raises ValueError if `specs` name a mesh axis."""
+  leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
+  axes = sorted({name for spec in leaves for name in _names(spec)})
+  if axes:
+    raise ValueError(
+      f"`specs` shard leaves over the mesh axes {axes}, which a compressed mean over replicas that"
+      " jax.vmap stacks cannot follow: use one device per shard and replica, or no sharding."
+    )
+
+
 def on_shards(fun: Callable, specs: list[P]) -> Callable:
   """`fun(leaves, residuals, count)` on local shards, manual over all inner axes as well.
 

@@ -119,12 +119,27 @@ def _set_up_worker():
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/xla").absolute()))
 
 
+class _Curve:
+  """Stands in for the loop's progress display: keeps (step, evaluation loss)."""
+
+  def __init__(self):
+    self.points: list[tuple[int, float]] = []
+
+  def advance(self, step: int) -> None:
+    """Nothing to show."""
+
+  def report(self, row: dict) -> None:
+    """Keeps the rows of evaluations."""
+    if "eval_loss" in row:
+      self.points.append((row["step"], row["eval_loss"]))
+
+
 def run(job: Job) -> dict:
   """Trains one configuration and returns its evaluation curve."""
   import jax
-  import numpy as np
 
   from jaxcomm import data
+  from jaxcomm.training import Loop, LoopConfig
 
   train, validation = _data()
   ts = _train_step(job.method, job.sync_period, job.compressor, job.steps)
@@ -133,19 +148,12 @@ def run(job: Job) -> dict:
   # One replica alone sees what the first of four sees: a quarter of the rows, as many steps.
   rows = job.batch_size // REPLICAS if job.method == "one" else job.batch_size
   batches = data.batches(train, batch_size=job.batch_size, seed=job.seed, row_count=rows)
-
-  def evaluate():
-    parts = [ts.evaluate(state, batch) for batch in validation]
-    total = {k: sum(np.asarray(p[k], np.float64).sum() for p in parts) for k in parts[0]}
-    return float(total["loss_sum"] / total["tokens"])
-
-  start, curve = time.perf_counter(), []
-  for step in range(job.steps):
-    if step % (job.steps // NUM_EVALS) == 0:
-      curve.append([step, evaluate()])
-    state, _ = ts.step(state, next(batches))
-  curve.append([job.steps, evaluate()])
-  seconds = round(time.perf_counter() - start, 1)
+  periods = {"log_every": 0, "save_every": 0, "eval_every": job.steps // NUM_EVALS}
+  config = LoopConfig(steps=job.steps, **periods)
+  recorder = _Curve()
+  start = time.perf_counter()
+  Loop(config, ts, batches, eval_batches=lambda: validation, progress=recorder).run(state)
+  seconds, curve = round(time.perf_counter() - start, 1), recorder.points
   return {**dataclasses.asdict(job), "eval_loss": curve[-1][1], "curve": curve, "seconds": seconds}
 
 
@@ -209,46 +217,74 @@ def tune_and_run(results: Results) -> None:
   results.losses([*always, *(dataclasses.replace(j, **more) for j in closer for more in MORE)])
 
 
+def _label(key: tuple) -> str:
+  method, sync_period, compressor, steps, batch_size = key
+  parts = [
+    method,
+    f"H={sync_period}" if sync_period else "",
+    "4-bit" if compressor != "none" else "",
+  ]
+  parts += [f"{steps} steps" if steps != Job.steps else ""]
+  parts += [f"batch {batch_size}" if batch_size != Job.batch_size else ""]
+  return " ".join(part for part in parts if part)
+
+
+def _groups(rows: list[dict]) -> dict[tuple, list[dict]]:
+  """Reported runs by everything but the seed, seeds in order."""
+  groups: dict[tuple, list[dict]] = {}
+  for row in sorted(rows, key=lambda r: (r["steps"], r["batch_size"], r["seed"])):
+    if row["seed"] in SEEDS:
+      names = ("method", "sync_period", "compressor", "steps", "batch_size")
+      groups.setdefault(tuple(row[n] for n in names), []).append(row)
+  return groups
+
+
+def _gap(groups: dict[tuple, list[dict]], key: tuple) -> list[float]:
+  """Relative excess over data parallelism along the curve, mean over the seeds, in percent."""
+  base = {row["seed"]: row["curve"] for row in groups["ddp", 0, "none", *key[3:]]}
+  gaps = []
+  for row in groups[key]:
+    pairs = zip(row["curve"], base[row["seed"]])
+    gaps.append([100 * (ours / theirs - 1) for (_, ours), (_, theirs) in pairs])
+  return [statistics.mean(at) for at in zip(*gaps)]
+
+
 def report(directory: pathlib.Path) -> None:
   """Prints the table of the reported seeds and draws the curves."""
+  groups = _groups([json.loads(s) for s in (directory / "quality.jsonl").read_text().splitlines()])
+  print("| run | lr | outer lr | momentum | loss | per seed | to ddp |")
+  print("|---|---|---|---|---|---|---|")
+  for key, runs in groups.items():
+    losses, first = [r["eval_loss"] for r in runs], runs[0]
+    print(
+      f"| {_label(key)} | {first['lr']:.2e} | {first['outer_lr']} | {first['outer_momentum']} |"
+      f" {statistics.mean(losses):.4f} | {', '.join(f'{x:.4f}' for x in losses)} |"
+      f" {_gap(groups, key)[-1]:+.1f} % |"
+    )
+  _draw(groups, directory / "quality.png")
+
+
+def _draw(groups: dict[tuple, list[dict]], path: pathlib.Path) -> None:
   import matplotlib
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
 
-  rows = [json.loads(s) for s in (directory / "quality.jsonl").read_text().splitlines()]
-  groups: dict[tuple, list[dict]] = {}
-  for row in rows:
-    if row["seed"] in SEEDS and row["steps"] == Job.steps and row["batch_size"] == Job.batch_size:
-      groups.setdefault((row["method"], row["sync_period"], row["compressor"]), []).append(row)
-  base = statistics.mean(r["eval_loss"] for r in groups["ddp", 0, "none"])
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-  print("| method | H | mean over replicas | lr | outer lr | momentum | loss | per seed | to ddp |")
-  print("|---|---|---|---|---|---|---|---|---|")
-  curves = {}
-  for key, runs in sorted(groups.items()):
-    losses = [r["eval_loss"] for r in sorted(runs, key=lambda r: r["seed"])]
-    mean, first = statistics.mean(losses), runs[0]
-    print(
-      f"| {key[0]} | {key[1] or '-'} | {'f32' if key[2] == 'none' else key[2]} |"
-      f" {first['lr']:.2e} | {first['outer_lr']} | {first['outer_momentum']} | {mean:.4f} |"
-      f" {', '.join(f'{x:.4f}' for x in losses)} | {100 * (mean / base - 1):+.2f} % |"
-    )
-    steps = [s for s, _ in first["curve"]]
-    curves[key] = [statistics.mean(r["curve"][i][1] for r in runs) for i in range(len(steps))]
-    label = f"{key[0]}{f' H={key[1]}' if key[1] else ''}{' 4-bit' if key[2] != 'none' else ''}"
-    left.plot(steps[1:], curves[key][1:], label=label, ls="--" if key[2] != "none" else "-")
-    if key[0] == "diloco":
-      gap = [100 * (a / b - 1) for a, b in zip(curves[key], curves.get(("ddp", 0, "none"), []))]
-      rounds = [s / key[1] for s in steps]
-      right.plot(rounds[1:], gap[1:], label=label, ls="--" if key[2] != "none" else "-")
-  left.set(xlabel="step", ylabel="evaluation loss (nats/token)", ylim=(None, 5.0))
-  right.set(xlabel="rounds", ylabel="gap to ddp (%)", xscale="log")
+  figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+  for key, runs in groups.items():
+    style = {"label": _label(key), "ls": "--" if key[2] != "none" else "-", "marker": ".", "lw": 1}
+    steps = [step for step, _ in runs[0]["curve"]]
+    mean = [statistics.mean(at) for at in zip(*([loss for _, loss in r["curve"]] for r in runs))]
+    left.plot(steps[1:], mean[1:], **style)
+    if key[1]:
+      right.plot([step / key[1] for step in steps[1:]], _gap(groups, key)[1:], **style)
+  left.set(xlabel="step", ylabel="evaluation loss (nats/token)", xscale="log", ylim=(None, 4.5))
+  right.set(xlabel="rounds", ylabel="loss above data parallelism (%)", xscale="log")
   for axes in (left, right):
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6)
     axes.grid(alpha=0.3)
   figure.tight_layout()
-  figure.savefig(directory / "quality.png", dpi=120)
+  figure.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -69,7 +69,8 @@ class Loop:
   """Runs `TrainStep` over batches.
 
   While step n runs on the device the host reads the metrics of step n - 1, which is also when a
-  non-finite loss stops the run; parameters that are not finite are never saved. The iterator's
+  non-finite loss stops the run (with several processes only at logged steps and evaluations, since
+  reading is then a collective); parameters that are not finite are never saved. The iterator's
   state travels in every checkpoint; wire bytes are counted for every step from `wire`.
 
   Args:
@@ -163,6 +164,7 @@ class Loop:
       before = now
       pending = (step, metrics, None)
       if self._due(step, self._config.eval_every):
+        jax.block_until_ready(metrics)
         self._read(step, metrics, self._evaluate(state))
         pending, before = None, None  # the evaluation is not part of a step's time
       if self._checkpoints is not None and self._due(step, self._config.save_every):
@@ -221,10 +223,13 @@ class Loop:
   def _evaluate(self, state: TrainState) -> float | None:
     if self._eval_batches is None:
       return None
+    start = time.perf_counter()
     total = {"loss_sum": 0.0, "tokens": 0.0}
     for batch in self._eval_batches():
       parts = _host(self._ts.evaluate(state, self._place(batch)))
       total = {k: total[k] + float(parts[k].astype(np.float64).sum()) for k in total}
+    step, since = self._logged_at
+    self._logged_at = (step, since + time.perf_counter() - start)  # tokens_per_s is of training
     return total["loss_sum"] / total["tokens"]
 
   def _save(self, step: int, state: TrainState) -> None:

@@ -41,6 +41,7 @@ class Task:
     eval_batches: gives the evaluation batches, anew at each call.
     batch_shapes: `jax.ShapeDtypeStruct`s of a global batch.
     tokens_per_step: over all replicas.
+    flops_per_step: over all replicas, forward and backward, for the estimates before the start.
     sync_period: steps per round; None if every step exchanges, or none does.
     data: `name` and `sha256` of the data, for the summary.
     title: one line that names the run.
@@ -51,6 +52,7 @@ class Task:
   eval_batches: Callable[[], Iterable[Any]]
   batch_shapes: Any
   tokens_per_step: int
+  flops_per_step: float
   sync_period: int | None
   data: dict[str, str]
   title: str
@@ -87,7 +89,7 @@ def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult
   compiled = task.train_step.compile(task.batch_shapes)
   wire = step_wire(task.train_step, compiled)
   say(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-  say(_describe_wire(task, wire, _guess_step_seconds(compiled), "estimated"), flush=True)
+  say(_describe_wire(task, wire, _guess_step_seconds(task), "estimated"), flush=True)
   if config.dry_run:
     say(_describe_memory(compiled))
     return None
@@ -165,6 +167,11 @@ def _start(config, task, folder, checkpoints):
   if not config.resume:
     return task.train_step.init(jax.random.key(config.seed)), None
   if not checkpoints.steps:
+    if folder.finished_steps:
+      raise CheckpointError(
+        f"the run in {config.out} reached step {folder.finished_steps}, but its checkpoints are"
+        " gone: it cannot go on. Start another run in another folder."
+      )
     say("no checkpoint yet: starting from step 0.", flush=True)
     folder.continue_from(-1)
     return task.train_step.init(jax.random.key(config.seed)), None
@@ -231,13 +238,12 @@ def _describe_memory(compiled: jax.stages.Compiled) -> str:
   )
 
 
-def _guess_step_seconds(compiled: jax.stages.Compiled) -> float:
-  cost = compiled.cost_analysis() or {}
-  device = jax.devices()[0]
-  rate = next((v for k, v in _FLOPS_PER_SECOND.items() if k in device.device_kind), None)
-  if rate is None:
-    rate = _CPU_FLOPS_PER_SECOND / jax.local_device_count()
-  return max(float(cost.get("flops", 0.0)), 1.0) / rate
+def _guess_step_seconds(task: Task) -> float:
+  mesh = task.train_step.layout.mesh
+  kind = mesh.devices.flat[0].device_kind
+  rate = next((v for k, v in _FLOPS_PER_SECOND.items() if k in kind), None)
+  total = _CPU_FLOPS_PER_SECOND if rate is None else rate * mesh.size
+  return task.flops_per_step / total
 
 
 def _summary(task: Task, wire: StepWire, result: LoopResult, seconds: float) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What a training step sends: read from the compiled step, split by whether a round ends."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxcomm.inspect import WireReport, collective_bytes
@@ -21,7 +23,7 @@ class StepWire:
   Attributes:
     always: bytes per axis of every step.
     on_sync: further bytes per axis of a step that ends a round.
-    dense: bytes per axis over `replica` of plain data parallelism: the float32 mean of all
+    dense: bytes over `replica` of plain data parallelism: the float32 mean of all
       gradients, every step.
     logical: replicas are stacked on the devices, so that these bytes would cross the wire if each
       had its own; read from the same update compiled for one device per replica.
@@ -69,7 +71,8 @@ def step_wire(train_step: TrainStep, compiled: jax.stages.Compiled) -> StepWire:
   always, on_sync = _split(report)
   if layout.stacked:
     logical_always, logical_on_sync = _split(_logical_report(train_step.tx, train_step))
-    always, on_sync = {**always, **logical_always}, {**on_sync, **logical_on_sync}
+    always = always | {a: b for a, b in logical_always.items() if "replica" in a}
+    on_sync = on_sync | {a: b for a, b in logical_on_sync.items() if "replica" in a}
     dense = _logical_report(optax.chain(pmean_over("replica"), optax.sgd(1.0)), train_step)
   else:
     dense = _update_report(
@@ -91,14 +94,22 @@ def _split(report: WireReport) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _logical_report(tx: optax.GradientTransformation, train_step: TrainStep) -> WireReport:
-  """The update of unsharded parameters, compiled for one CPU device per replica."""
-  replicas, devices = train_step.layout.num_replicas, jax.devices("cpu")
-  if len(devices) < replicas:
+  """The update compiled for CPU devices, as many as if replicas were not stacked."""
+  stacked = train_step.layout.mesh
+  sizes = {**stacked.shape, "replica": train_step.layout.num_replicas}
+  needed = math.prod(sizes.values())
+  try:
+    devices = jax.devices("cpu")
+  except RuntimeError:
+    devices = []
+  if len(devices) < needed:
     raise ValueError(
-      f"reading the logical bytes of {replicas} stacked replicas needs as many CPU devices, got"
-      f" {len(devices)}: set jax.config.update('jax_num_cpu_devices', {replicas}) first."
+      f"reading the logical bytes of {sizes['replica']} stacked replicas needs {needed} CPU"
+      f" devices, got {len(devices)}: allow the platform cpu and set"
+      f" jax.config.update('jax_num_cpu_devices', {needed}) first."
     )
-  mesh = jax.sharding.Mesh(devices[:replicas], ("replica",))
+  grid = np.asarray(devices[:needed]).reshape(tuple(sizes.values()))
+  mesh = jax.sharding.Mesh(grid, tuple(sizes), axis_types=stacked.axis_types)
   return _update_report(tx, train_step, mesh)
 
 
@@ -119,9 +130,6 @@ def _update_report(
     sums = [jnp.sum(p.astype(jnp.float32) ** 2) for p in jax.tree.leaves(params)]
     return jnp.stack(sums).sum(), {}
 
-  sharded = mesh is layout.mesh
-  update = make_train_step(
-    quadratic, init_params, tx, mesh, param_specs=layout.param_specs if sharded else None
-  )
+  update = make_train_step(quadratic, init_params, tx, mesh, param_specs=layout.param_specs)
   rows = jax.ShapeDtypeStruct((mesh.size,), jnp.float32)
   return collective_bytes(update.compile(rows), mesh)

@@ -73,8 +73,8 @@ def compressed_mean(
     A `GradientTransformation`.
 
   Raises:
-    ValueError: unknown `algorithm`; in update an unbound axis, missing `specs`, or an update that
-      is not floating point.
+    ValueError: unknown `algorithm`; in update an unbound axis, missing `specs`, an update that is
+      not floating point, or `specs` that shard leaves while `jax.vmap` stacks the replicas.
 
   References:
     Seide et al., 1-Bit Stochastic Gradient Descent, 2014 (error feedback); Wang et al., ZeRO++,
@@ -117,6 +117,8 @@ def compressed_mean(
     paths = [path for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     residuals = treedef.flatten_up_to(state.residual) if error_feedback else [None] * len(leaves)
+    if not _axes.is_manual(axis_name):
+      _shards.check_unsharded(specs)
     leaf_specs = _shards.leaf_specs(leaves, treedef, specs)
 
     def mean(leaves, residuals, count):
