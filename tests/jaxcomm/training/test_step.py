@@ -164,7 +164,17 @@ def reference_curve():
   return curve(diloco(optax.adam(0.05), sync_period=3), *CURVES["devices"])
 
 
-@pytest.mark.parametrize("place", [place for place in CURVES if place != "devices"])
+QUICK = ("stacked", "stacked data", "data", "explicit fsdp")
+
+
+@pytest.mark.parametrize(
+  "place",
+  [
+    place if place in QUICK else pytest.param(place, marks=pytest.mark.slow)
+    for place in CURVES
+    if place != "devices"
+  ],
+)
 def test_loss_curves_agree_on_all_meshes(reference_curve, place):
   losses, evaluation, params = reference_curve
   assert losses.shape == (STEPS, 4)

@@ -188,14 +188,14 @@ def test_stacked_replicas_report_the_bytes_of_real_ones(method):
 
 
 @pytest.mark.slow
-def test_stacked_replicas_on_two_devices_keep_the_traffic_inside():
-  """Bytes over real inner axes are measured, those over replicas are logical."""
-  ts = make_step(diloco_int4(P()), stacked=True, fsdp=2)
+def test_stacked_replicas_on_two_devices():
+  """Bytes over real inner axes are measured, those over replicas are logical, shard by shard."""
+  ts = make_step(diloco_int4(SPECS), stacked=True, fsdp=2)
   wire = step_wire(ts, ts.compile(BATCH))
   assert set(wire.always) == {"fsdp"}
-  assert wire.on_sync["replica"] == sum(
-    compressed_pmean_bytes(s, REPLICAS, int4()) for s in SHAPES.values()
-  )
+  shards = local_shapes(fsdp=2).values()
+  assert wire.on_sync["replica"] == sum(compressed_pmean_bytes(s, REPLICAS, int4()) for s in shards)
+  assert wire.dense == dense_bytes(local_shapes(fsdp=2))
 
 
 def test_dense_counts_shards_where_parameters_are_sharded():

@@ -292,7 +292,9 @@ def test_composes_with_optax(method):
       np.testing.assert_allclose(got, want, **tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("method", ["local_sgd", "diloco", "diloco_int4"])
+@pytest.mark.parametrize(
+  "method", ["local_sgd", "diloco", pytest.param("diloco_int4", marks=pytest.mark.slow)]
+)
 def test_the_period_may_be_injected(method):
   """`sync_period` as a hyperparameter gives the rounds of a static one."""
   make = {
@@ -309,7 +311,7 @@ def test_the_period_may_be_injected(method):
   jax.tree.map(np.testing.assert_array_equal, out["alone"], out["inject"])
 
 
-@pytest.mark.parametrize("context", ["vmap", "shard_map"])
+@pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 @pytest.mark.parametrize(
   "method", [m if m == "diloco_int4" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )

@@ -103,6 +103,7 @@ def test_stacked_replicas_agree_with_devices_bit_for_bit(results, name, algorith
   jax.tree.map(np.testing.assert_array_equal, stacked, devices)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased_and_differs_per_mean():
   steps = 64
   grads = {"v": np.repeat(gradients(steps=1)["v"], steps, 1)}
@@ -127,7 +128,7 @@ def test_the_seed_makes_the_noise():
   assert (means[0] != means[2]).any()
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2, 8])
+@pytest.mark.parametrize("num_replicas", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
 def test_error_is_within_the_bound_for_any_number_of_replicas(num_replicas):
   """Nearest int8 is off by half a scale per hop; one replica sends and loses nothing."""
   grads = gradients(num_replicas, steps=1)
@@ -194,7 +195,9 @@ KINDS = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.E
 SPECS = {"w": jax.P("fsdp"), "v": jax.P(), "s": jax.P()}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+  "algorithm", ["two_hop", pytest.param("all_gather", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_leaves_are_compressed_shard_by_shard(kind, algorithm):
   grads = {k: g[:, 0] for k, g in gradients().items()}

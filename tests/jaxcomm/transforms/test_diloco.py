@@ -171,7 +171,7 @@ def test_maxtext_linear_regression(train, context):
     np.testing.assert_allclose(got.params["b"][replica, 2], [0.5839], atol=1e-4)
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 def test_resumes_in_the_middle_of_a_round(train, context):
   params, targets = make_problem()
   outer = optax.chain(
