@@ -1,13 +1,14 @@
 """The launcher itself: output, failure, timeout, and that nothing is left running."""
 
 import os
+import shutil
 import signal
 import sys
 import time
 
 import pytest
 
-from tests.multiprocess.launch import Job, JobError
+from tests.multiprocess.launch import Job, JobError, namespace_missing
 
 
 def python(code: str) -> list[str]:
@@ -69,3 +70,12 @@ def test_a_command_that_cannot_start_ends_those_before_it(tmp_path):
   with pytest.raises(FileNotFoundError):
     job.__enter__()
   assert job.codes() == [-signal.SIGKILL]
+
+
+def test_says_what_a_network_namespace_needs(monkeypatch):
+  monkeypatch.setenv("PATH", "/nonexistent")
+  assert namespace_missing() == "needs the command `ip` (package iproute2)"
+  monkeypatch.undo()
+  monkeypatch.setattr(shutil, "which", lambda tool: f"/bin/{tool}")
+  monkeypatch.setattr(os, "geteuid", lambda: 1000)
+  assert namespace_missing() == "needs root, to make a network namespace"
