@@ -9,7 +9,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [pytest.param(file, id=str(file.relative_to(ROOT))) for file in FILES]
-PENDING = {"quality.png"}  # drawn by scripts/bench_quality.py when its runs are complete
 
 
 def _python_of(page: pathlib.Path) -> str:
@@ -33,6 +32,4 @@ def test_python_runs(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_relative_links_exist(page):
   targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-  local = [t for t in targets if "://" not in t]
-  missing = [t for t in local if not (page.parent / t).exists()]
-  assert [t for t in missing if pathlib.Path(t).name not in PENDING] == []
+  assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
