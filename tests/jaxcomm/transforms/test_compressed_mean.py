@@ -244,6 +244,13 @@ def test_one_spec_stands_for_all_leaves():
   assert {op.axis for op in report.ops} == {"replica"}
 
 
+def test_stacked_replicas_cannot_be_compressed_by_shards():
+  tx = compressed_mean("replica", int8(), specs={"w": jax.P("fsdp"), "v": jax.P()})
+  grads = {"w": jnp.ones((2, 4)), "v": jnp.ones((2, 4))}
+  with pytest.raises(ValueError, match=r"`specs` shard leaves over the mesh axes \['fsdp'\].*vmap"):
+    jax.eval_shape(jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name="replica"), grads)
+
+
 def test_rejects_an_unknown_algorithm():
   with pytest.raises(ValueError, match=r"`algorithm` must be one of .*got 'ring'"):
     compressed_mean("replica", int8(), algorithm="ring")
