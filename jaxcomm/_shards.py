@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import optax
 
 P = jax.sharding.PartitionSpec
 
@@ -19,8 +20,9 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
 
   Args:
     leaves: arrays of the tree `treedef`.
-    specs: a tree of `PartitionSpec` like `treedef`, one `PartitionSpec` for all leaves, or None:
-      then the types of Explicit axes tell, and Auto axes larger than 1 are an error.
+    specs: a tree of `PartitionSpec` like `treedef` (of which optax may have masked a part), one
+      `PartitionSpec` for all leaves, or None: then the types of Explicit axes tell, and Auto axes
+      larger than 1 are an error.
 
   Raises:
     ValueError: `specs` is None and an Auto axis larger than 1 is in use.
@@ -31,7 +33,7 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
   if isinstance(specs, P):
     return [only(specs, inner)] * len(leaves)
   if specs is not None:
-    return [only(s, inner) for s in treedef.flatten_up_to(specs)]
+    return [only(s, inner) for s in _flatten_like(treedef, specs)]
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types))
   auto = {a: mesh.shape[a] for a in inner if kinds[a] == jax.sharding.AxisType.Auto}
@@ -83,6 +85,14 @@ def fold_in_shard(key: jax.Array, spec: P) -> jax.Array:
     if axis in manual:
       key = jax.random.fold_in(key, jax.lax.axis_index(axis))
   return key
+
+
+def _flatten_like(treedef: Any, specs: Any) -> list[P]:
+  masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+  tree = treedef.unflatten(range(treedef.num_leaves))
+  return jax.tree.leaves(
+    jax.tree.map(lambda x, s: x if masked(x) else s, tree, specs, is_leaf=masked)
+  )
 
 
 def _names(spec: P) -> list[str]:

@@ -88,6 +88,16 @@ def test_error_feedback_loses_nothing(results, name, algorithm):
       assert np.abs(means[key][0] - grads.mean(0)).max() > 1e-4  # it was compressed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_replicas", [2, 3, 8])
+def test_error_feedback_with_other_numbers_of_replicas(num_replicas):
+  grads = gradients(num_replicas)
+  means, state = run(compressed_mean("replica", int4(8), error_feedback=True), grads, "shard_map")
+  for key, grad in grads.items():
+    got = means[key][0].sum(0) + state.residual[key].mean(0)
+    np.testing.assert_allclose(got, grad.astype(np.float64).mean(0).sum(0), atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "algorithm"), METHODS)
 def test_all_replicas_get_the_same_bits(results, name, algorithm):
   means, state = results(name, algorithm, "shard_map")
@@ -234,6 +244,20 @@ def test_automatic_axes_need_specs():
   grads = {k: g[:, 0] for k, g in gradients().items()}
   with pytest.raises(ValueError, match=r"`specs` must say.*automatic mesh axes \{'fsdp': 2\}"):
     sharded_mean(compressed_mean("replica", int8()), KINDS["auto"], grads, SPECS)
+
+
+def test_specs_of_all_parameters_fit_a_masked_mean():
+  """Large leaves compressed, the others exact."""
+  grads = {k: g[:, 0] for k, g in gradients().items()}
+  large = {"w": True, "v": False, "s": False}
+  compressed = optax.masked(compressed_mean("replica", int8(8), specs=SPECS), large)
+  exact = optax.masked(pmean_over("replica"), jax.tree.map(lambda x: not x, large))
+  means, report = sharded_mean(optax.chain(compressed, exact), KINDS["auto"], grads, SPECS)
+  assert {op.axis for op in report.ops} == {"replica"}
+  assert {op.shape for op in report.ops if op.dtype == "f32"} == {(33,), ()}
+  np.testing.assert_allclose(means["v"], grads["v"].mean(0), rtol=1e-5, atol=1e-6)
+  half_step = np.abs(grads["w"]).max() / 127 / 2
+  assert np.abs(means["w"] - grads["w"].mean(0)).max() <= 2.01 * half_step
 
 
 def test_one_spec_stands_for_all_leaves():
