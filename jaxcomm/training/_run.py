@@ -74,9 +74,8 @@ def run(config: RunConfig, task: Task) -> LoopResult | None:
 
 
 def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult | None:
-  first = jax.process_index() == 0
+  first, say = jax.process_index() == 0, _say()
   folder = None if config.out is None or config.dry_run else _open_folder(config, config.out, first)
-  say = _say()
   if config.resume and folder is not None and (folder.finished_steps or 0) >= config.steps:
     say(
       f"the run in {config.out} has already finished, at step {folder.finished_steps}: nothing to"
@@ -85,15 +84,11 @@ def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult
     )
     return None
   say(_describe(config, task), flush=True)
-  started = time.perf_counter()
-  compiled = task.train_step.compile(task.batch_shapes)
-  wire = step_wire(task.train_step, compiled)
-  say(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-  say(_describe_wire(task, wire, _guess_step_seconds(task), "estimated"), flush=True)
   if config.dry_run:
-    say(_describe_memory(compiled))
+    say(_describe_memory(_compile(task)[0]))
     return None
-  result = _train(config, task, wire, folder, signal)
+  started = time.perf_counter()
+  result, wire = _train(config, task, folder, signal)
   if result.terminated:
     saved = (
       f"saved step {result.step} in {config.out}; --resume continues" if folder else "not saved"
@@ -131,7 +126,7 @@ def _open_folder(config: RunConfig, out: str, first: bool) -> RunFolder:
   return folder
 
 
-def _train(config, task, wire, folder, signal) -> LoopResult:
+def _train(config, task, folder, signal) -> tuple[LoopResult, StepWire]:
   loop_config = LoopConfig(
     steps=config.steps,
     log_every=config.log_every,
@@ -145,8 +140,8 @@ def _train(config, task, wire, folder, signal) -> LoopResult:
       stack.callback(folder.close)
       layout = task.train_step.layout
       checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, layout, keep=config.keep))
-    state, meta = _start(config, task, folder, checkpoints)
-    progress = stack.enter_context(Progress(config.steps, quiet=jax.process_index() != 0))
+    state, meta = _start(config, task, folder, checkpoints)  # refuses before anything is compiled
+    wire = _compile(task)[1]
     loop = Loop(
       loop_config,
       task.train_step,
@@ -155,11 +150,21 @@ def _train(config, task, wire, folder, signal) -> LoopResult:
       wire=wire,
       folder=folder,
       checkpoints=checkpoints,
-      progress=progress,
+      progress=stack.enter_context(Progress(config.steps, quiet=jax.process_index() != 0)),
       signal=signal,
       data=task.data,
     )
-    return loop.run(state, meta=meta)
+    return loop.run(state, meta=meta), wire
+
+
+def _compile(task: Task) -> tuple[jax.stages.Compiled, StepWire]:
+  """The compiled step and what it sends, which is printed."""
+  started, say = time.perf_counter(), _say()
+  compiled = task.train_step.compile(task.batch_shapes)
+  wire = step_wire(task.train_step, compiled)
+  say(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+  say(_describe_wire(task, wire, _guess_step_seconds(task), "estimated"), flush=True)
+  return compiled, wire
 
 
 def _start(config, task, folder, checkpoints):

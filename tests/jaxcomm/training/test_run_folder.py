@@ -117,7 +117,7 @@ def test_resume_without_metrics(tmp_path):
   ("changed", "shown"),
   [
     ({"lr": 0.2}, "lr: 0.1 -> 0.2"),
-    ({"lr": 0.2, "new": 1}, "lr: 0.1 -> 0.2, new: None -> 1"),
+    ({"lr": 0.2, "out": "there", "new": 1}, "lr: 0.1 -> 0.2"),
   ],
 )
 def test_resume_refuses_another_configuration(run, changed, shown):
