@@ -1,5 +1,7 @@
 """Running a function on each device's own shards, inside a region that is manual over `replica`."""
 
+import contextlib
+import contextvars
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,10 +47,26 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
   return [only(jax.typeof(x).sharding.spec, inner) for x in leaves]
 
 
+@contextlib.contextmanager
+def around_stacked_replicas(mesh: jax.sharding.Mesh):
+  """Says, while replicas that `jax.vmap` stacks are traced, over which axes they may be sharded."""
+  token = _AROUND_STACKED.set(frozenset(a for a, size in mesh.shape.items() if size > 1))
+  try:
+    yield
+  finally:
+    _AROUND_STACKED.reset(token)
+
+
+_AROUND_STACKED: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+  "axes around stacked replicas", default=frozenset()
+)
+
+
 def check_unsharded(specs: Any) -> None:
-  """Raises ValueError if `specs` name a mesh axis."""
+  """Raises ValueError if `specs` shard a leaf of stacked replicas."""
   leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
-  axes = sorted({name for spec in leaves for name in _names(spec)})
+  named = {name for spec in leaves for name in _names(spec)}
+  axes = sorted(named & _AROUND_STACKED.get())
   if axes:
     raise ValueError(
       f"`specs` shard leaves over the mesh axes {axes}, which a compressed mean over replicas that"

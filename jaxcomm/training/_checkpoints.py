@@ -146,33 +146,37 @@ class Checkpoints:
     record = {"eval_loss": eval_loss, "files": _digest(folder)}
     (folder / _DIGEST).write_text(json.dumps(record))
 
-  def restore(self, *, replica_change: ReplicaChange | None = None) -> Restored:
+  def restore(
+    self, *, step: int | None = None, replica_change: ReplicaChange | None = None
+  ) -> Restored:
     """The newest checkpoint that is whole; damaged ones are set aside with a warning.
 
     Args:
+      step: only this one of `steps`, e.g. the one with the best evaluation; default the newest.
       replica_change: how to go from the saved number of replicas to another:
         `"average_replicas"` (all start from the mean) or `"broadcast_replica"` (all start from
         replica 0). None refuses.
 
     Raises:
-      CheckpointError: no checkpoint, none whole, another method or model, or another number of
-        replicas without `replica_change`.
+      CheckpointError: no checkpoint, none whole, one that may not or cannot be read for a reason
+        that is not damage, another method or model, or another number of replicas without
+        `replica_change`.
     """
-    steps = self.steps
-    for step in reversed(steps):
+    candidates = self.steps if step is None else [s for s in self.steps if s == step]
+    for candidate in reversed(candidates):
       try:
-        _verify_digest(self._directory / str(step))
-        restored = self._restore_step(step, replica_change)
+        _verify_digest(self._directory / str(candidate))
+        restored = self._restore_step(candidate, replica_change)
       except CheckpointError:
         raise
       except Exception as e:  # whatever a damaged file makes the readers raise
-        _LOG.warning(
-          "checkpoint of step %d is damaged (%s); trying the one before.", step, _first_line(e)
-        )
+        _check_damage(candidate, e)
         continue
-      self._set_aside([s for s in steps if s > step])
+      self._set_aside([s for s in candidates if s > candidate])
       return restored
-    found = f"steps {steps} are all damaged" if steps else "there is none"
+    found = f"steps {candidates} are all damaged" if candidates else "there is none"
+    if step is not None and not candidates:
+      found = f"`step` must be one of {self.steps}, got {step}"
     raise CheckpointError(f"no usable checkpoint in {self._directory}: {found}.")
 
   def _restore_step(self, step: int, replica_change: ReplicaChange | None) -> Restored:
@@ -299,6 +303,18 @@ def _verify_digest(path: pathlib.Path) -> None:
   wrong = [name for name in recorded if recorded[name] != now.get(name)]
   if wrong:
     raise OSError(f"{wrong[0]} is not what was written")
+
+
+def _check_damage(step: int, error: Exception) -> None:
+  """Warns of a damaged checkpoint; raises if it may well be whole and only cannot be read here."""
+  if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    raise CheckpointError(
+      f"the checkpoint of step {step} could not be read ({_first_line(error)}); nothing was"
+      " changed."
+    ) from error
+  _LOG.warning(
+    "checkpoint of step %d is damaged (%s); trying the one before.", step, _first_line(error)
+  )
 
 
 def _first_line(e: BaseException) -> str:

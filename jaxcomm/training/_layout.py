@@ -147,12 +147,13 @@ class Layout:
       return 0 if varies else None
 
     def call(state, batch):
-      return jax.vmap(
-        fun,
-        in_axes=(jax.tree.map(axis, self.varying), 0),
-        out_axes=(jax.tree.map(axis, varying_out), 0),
-        axis_name="replica",
-      )(state, jax.tree.map(self._split_rows, batch))
+      with _shards.around_stacked_replicas(self.mesh):
+        return jax.vmap(
+          fun,
+          in_axes=(jax.tree.map(axis, self.varying), 0),
+          out_axes=(jax.tree.map(axis, varying_out), 0),
+          axis_name="replica",
+        )(state, jax.tree.map(self._split_rows, batch))
 
     return call
 

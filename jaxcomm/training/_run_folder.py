@@ -150,10 +150,10 @@ def _is_unused(path: pathlib.Path) -> bool:
 def _check_same(
   saved: dict[str, Any], config: dict[str, Any], may_change: Collection[str], path: pathlib.Path
 ) -> None:
-  keys = sorted((saved.keys() | config.keys()) - set(may_change))
-  wrong = [k for k in keys if saved.get(k) != config.get(k)]
+  keys = sorted((saved.keys() & config.keys()) - set(may_change))  # scripts gain flags over time
+  wrong = [k for k in keys if saved[k] != config[k]]
   if wrong:
-    shown = ", ".join(f"{k}: {saved.get(k)!r} -> {config.get(k)!r}" for k in wrong)
+    shown = ", ".join(f"{k}: {saved[k]!r} -> {config[k]!r}" for k in wrong)
     raise RunFolderError(
       f"--resume with another configuration than {path} was started with: {shown}."
     )

@@ -1,12 +1,14 @@
 """The compressed mean as a transform: nothing is lost, nothing but payloads is sent."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxcomm import _axes, compressed_mean, e3m0, int4, int8, pmean_over
+from jaxcomm import _axes, _shards, compressed_mean, e3m0, int4, int8, pmean_over
 from jaxcomm.inspect import collective_bytes
 
 REPLICAS, STEPS = 4, 6
@@ -271,8 +273,12 @@ def test_one_spec_stands_for_all_leaves():
 def test_stacked_replicas_cannot_be_compressed_by_shards():
   tx = compressed_mean("replica", int8(), specs={"w": jax.P("fsdp"), "v": jax.P()})
   grads = {"w": jnp.ones((2, 4)), "v": jnp.ones((2, 4))}
-  with pytest.raises(ValueError, match=r"`specs` shard leaves over the mesh axes \['fsdp'\].*vmap"):
-    jax.eval_shape(jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name="replica"), grads)
+  for fsdp in (1, 2):
+    update = jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name="replica")
+    mesh = jax.sharding.AbstractMesh((1, fsdp), ("replica", "fsdp"))
+    refused = pytest.raises(ValueError, match=r"over the mesh axes \['fsdp'\].*vmap")
+    with _shards.around_stacked_replicas(mesh), refused if fsdp > 1 else contextlib.nullcontext():
+      jax.eval_shape(update, grads)
 
 
 def test_rejects_an_unknown_algorithm():
