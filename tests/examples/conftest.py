@@ -1,0 +1,92 @@
+"""`examples/train_lm.py` run in this process, on a model and a text that take seconds."""
+
+import importlib.util
+import pathlib
+import random
+import shutil
+import sys
+
+import jax
+import pytest
+
+from jaxcomm.training import launch
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"
+
+
+@pytest.fixture(scope="session")
+def script():
+  assert len(jax.devices()) == 8  # started here, so that the script does not choose their number
+  spec = importlib.util.spec_from_file_location("train_lm", SCRIPT)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  sys.modules["train_lm"] = module
+  spec.loader.exec_module(module)
+  yield module
+  del sys.modules["train_lm"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+  """A text file, and the cache of its tokens."""
+  path = tmp_path_factory.mktemp("data")
+  rng = random.Random(0)
+  words = "alpha beta gamma delta mean replica token wire round step outer inner loss".split()
+  lines = (" ".join(rng.choices(words, k=8)) + ".\n\n" for _ in range(1000))
+  (path / "text.txt").write_text("".join(lines))
+  patch = pytest.MonkeyPatch()
+  patch.setenv("JAXCOMM_CACHE", str(path / "cache"))
+  yield path / "text.txt"
+  patch.undo()
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(text):
+  return [
+    *("--preset", "nano", "--vocab-size", "300", "--data", str(text), "--compressor", "none"),
+    *("--seq-len", "16", "--batch-size", "8", "--replicas", "2", "--eval-batches", "1"),
+    *("--log-every", "1", "--eval-every", "3", "--save-every", "3", "--sync-period", "4"),
+  ]
+
+
+@pytest.fixture
+def train(script, capsys):
+  """Runs the script with flags: what it prints."""
+
+  def run(*argv):
+    capsys.readouterr()
+    launch(script.Config, script.main, [str(a) for a in argv])
+    return capsys.readouterr().out
+
+  return run
+
+
+@pytest.fixture
+def fails(script, capsys):
+  """Runs the script with flags that must fail: exit code and its one line."""
+
+  def run(*argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+      launch(script.Config, script.main, [str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    return exit_info.value.code, err
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def short(script, tiny_flags, tmp_path_factory):
+  """A finished run of 6 steps, checkpoints at 3 and 6: in the middle of a round of 4."""
+  path = tmp_path_factory.mktemp("runs") / "short"
+  launch(script.Config, script.main, [*tiny_flags, "--steps", "6", "--out", str(path)])
+  return path
+
+
+@pytest.fixture
+def run(short, tmp_path):
+  """A copy of `short` to work on."""
+  return shutil.copytree(short, tmp_path / "run")
