@@ -2,14 +2,13 @@
 
 import pathlib
 
+import jax
 import numpy as np
 from join import join, place, replica_mesh, report
 from programs import PROGRAMS, inputs, on_mesh
 
 
 def main() -> None:
-  import jax
-
   (folder,) = join()
   mesh = replica_mesh()
   x = place(mesh, inputs(jax.process_count()))
