@@ -127,7 +127,7 @@ def launch(
   try:
     config = _parse(config_type, argv, description)
     if not os.environ.get("JAXCOMM_DEBUG"):
-      logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: tracebacks of what we report
+      _quiet_threads()
     main(config)
   except _EXPECTED as e:
     if os.environ.get("JAXCOMM_DEBUG"):
@@ -135,6 +135,20 @@ def launch(
     message = " ".join(str(e).split()) or type(e).__name__
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2 if isinstance(e, _UsageError) else 1) from e
+
+
+def _quiet_threads() -> None:
+  """Hides the tracebacks that orbax's threads print of a failed save: one line reports it."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  show = sys.unraisablehook
+
+  def hook(unraisable):
+    if "Event loop is closed" not in str(unraisable.exc_value):
+      show(unraisable)
+
+  if show is sys.__unraisablehook__:
+    sys.unraisablehook = hook
 
 
 class _UsageError(ValueError):
