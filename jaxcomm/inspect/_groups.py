@@ -16,7 +16,8 @@ from jaxcomm.inspect._hlo import MAX_DEVICES, Instruction, Module
 Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
-_MESH = re.compile(r"^@?mesh[\[<]([^\]>]*)[\]>]\s*\{([^{}]*)\}$")
+_MESH = re.compile(r"^@?mesh[\[<]([^\]>]*)[\]>](?:,\s*device_ids=\((.*)\))?\s*\{([^{}]*)\}$")
+_IDS = re.compile(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 _LIST = re.compile(r"^\{\s*(\{[\d,\s]*\}\s*,?\s*)*\}$")
 
 
@@ -27,7 +28,8 @@ def parse_groups(text: str) -> Groups:
   - iota, `[2,4]<=[4,2]T(1,0)`: `arange(8).reshape(4, 2).transpose(1, 0).reshape(2, 4)`, a group
     per row;
   - axes of a mesh, `mesh['a'=2,'b'=4] {'b'}`: devices that differ in `b` only. `'b':(2)2` is a part
-    of an axis: `b` seen as (2, 2), of which the second.
+    of an axis: `b` seen as (2, 2), of which the second. `mesh[...], device_ids=([4,2]T(1,0)) {'b'}`
+    has the devices `arange(8).reshape(4, 2).transpose(1, 0)` in the order of the mesh.
 
   Raises:
     ValueError: `text` is none of these, or its sizes do not agree.
@@ -59,7 +61,10 @@ def device_groups(instruction: Instruction, module: Module) -> Groups:
   if "source_target_pairs" in attributes:
     groups = _linked(parse_groups(attributes["source_target_pairs"]))
   else:
-    groups = parse_groups(attributes.get("replica_groups", "{}"))
+    text = attributes.get("replica_groups", "{}")
+    if "device_ids" in attributes:  # the second half of a mesh, which a comma set apart
+      text = f"{text}, device_ids={attributes['device_ids']}"
+    groups = parse_groups(text)
   # XLA's four group modes: https://openxla.org/xla/operation_semantics, and
   # xla/service/collective_ops_utils.h. Without a channel the ids are replicas; with one they are
   # partitions, or replicas together with all their partitions, or flattened ids.
@@ -112,7 +117,7 @@ def _iota_groups(text: str, sizes: Any, dims: Any, permutation: Any) -> Groups:
   return tuple(tuple(row) for row in ids.reshape(sizes[0], -1).tolist())
 
 
-def _mesh_groups(text: str, axes: str, grouped: str) -> Groups:
+def _mesh_groups(text: str, axes: str, device_ids: str | None, grouped: str) -> Groups:
   sizes = {name: int(size) for name, size in re.findall(r"([^=,]+)=(\d+)", axes)}
   parts = []  # (axis, elements to its left in that axis, size)
   for part in filter(None, (part.strip() for part in grouped.split(","))):
@@ -135,8 +140,23 @@ def _mesh_groups(text: str, axes: str, grouped: str) -> Groups:
   total = math.prod(sizes.values())
   if math.prod(dims) != total or total > MAX_DEVICES or len(set(inner)) != len(inner):
     raise ValueError(f"`compiled` has mesh groups whose sizes do not agree: {text!r}.")
-  ids = np.arange(math.prod(dims)).reshape(dims).transpose(outer + inner)
+  ids = _mesh_devices(text, device_ids, total).reshape(dims).transpose(outer + inner)
   return tuple(tuple(row) for row in ids.reshape(-1, math.prod(dims[i] for i in inner)).tolist())
+
+
+def _mesh_devices(text: str, device_ids: str | None, total: int) -> np.ndarray:
+  """The devices of a mesh in its own order: `[4,2]T(1,0)`, a list, or all in order."""
+  if device_ids is None:
+    return np.arange(total)
+  iota = _IDS.match(device_ids)
+  if iota:
+    dims = _ints(iota.group(1))
+    permutation = _ints(iota.group(2)) or tuple(range(len(dims)))
+    if math.prod(dims) == total and sorted(permutation) == list(range(len(dims))):
+      return np.arange(total).reshape(dims).transpose(permutation).reshape(-1)
+  elif re.fullmatch(r"[\d,\s]+", device_ids) and sorted(_ints(device_ids)) == list(range(total)):
+    return np.asarray(_ints(device_ids))
+  raise ValueError(f"`compiled` has mesh devices that cannot be read: {text!r}.")
 
 
 def _linked(pairs: Groups) -> Groups:

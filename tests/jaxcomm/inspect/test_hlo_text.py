@@ -413,3 +413,14 @@ def test_mangled_text_is_reported_or_refused(data):
   else:
     assert report.total >= 0
     assert parse_module(text).entry.name
+
+
+@pytest.mark.parametrize("ids", ["[4,2]T(1,0)", "0,2,4,6,1,3,5,7"])
+def test_mesh_groups_name_their_devices(ids):
+  text = f"mesh['axis_0'=2,'axis_1'=4], device_ids=({ids}) {{'axis_1'}}"
+  assert parse_groups(text) == ((0, 2, 4, 6), (1, 3, 5, 7))
+
+
+def test_mesh_groups_of_unreadable_devices_raise():
+  with pytest.raises(ValueError, match="devices that cannot be read"):
+    parse_groups("mesh['a'=2], device_ids=(0,0) {'a'}")
