@@ -71,6 +71,16 @@ def test_all_checkpoints_damaged(fails, run):
   assert contents(run) == before
 
 
+def test_checkpoints_gone(fails, run):
+  """Starting again from step 0 would overwrite the metrics of a finished run."""
+  shutil.rmtree(run / "checkpoints")
+  before = contents(run)
+  code, line = fails("--resume", "--out", run, "--steps", "9")
+  assert code == 1
+  assert "reached step 6, but its checkpoints are gone: it cannot go on" in line
+  assert contents(run) == before
+
+
 def test_a_finished_run(train, run):
   before = contents(run)
   for argv in ([], ["--steps", "6"], ["--steps", "5"]):
