@@ -7,7 +7,8 @@ from jaxcomm.training._checkpoints import (
   Restored,
   tree_digest,
 )
-from jaxcomm.training._launch import RunConfig, launch, start_devices
+from jaxcomm.training._devices import start_devices
+from jaxcomm.training._launch import RunConfig, launch
 from jaxcomm.training._layout import Layout, TrainState
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult, NonFiniteLossError
 from jaxcomm.training._progress import Progress, format_bytes

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import jax
-
 from jaxcomm.training._checkpoints import CheckpointError, ReplicaChange
 from jaxcomm.training._loop import NonFiniteLossError
+from jaxcomm.training._profile import parse_window
 from jaxcomm.training._run_folder import load_config
+from jaxcomm.training._trackers import check_installed
 
 _EXPECTED = (ValueError, OSError, ImportError, NonFiniteLossError, CheckpointError)
 
@@ -49,6 +49,12 @@ class RunConfig:
   """steps between two checkpoints; 0: only at the end"""
   keep: int = 2
   """latest checkpoints to keep, besides the best"""
+  tensorboard: bool = False
+  """also write TensorBoard events, to tensorboard/ in --out"""
+  wandb: str | None = None
+  """also log to this project of Weights & Biases"""
+  profile_steps: str | None = None
+  """START:STOP: trace these steps (from 1; without STOP) into profile/ in --out"""
   max_devices: int | None = None
   """use at most so many devices; replicas that find no room are stacked"""
   coordinator: str | None = None
@@ -73,6 +79,15 @@ class RunConfig:
       raise ValueError("`resume` needs `out`, the folder of the run to continue.")
     if self.replica_change is not None and not self.resume:
       raise ValueError(f"`replica_change` needs `resume`, got {self.replica_change!r} without.")
+    for name in ("tensorboard", "wandb", "profile_steps"):
+      if getattr(self, name) and self.out is None:
+        raise ValueError(f"`{name}` needs `out`, the folder to write to.")
+    if self.wandb == "":
+      raise ValueError("`wandb` must name a project, got ''.")
+    if self.profile_steps is not None and parse_window(self.profile_steps)[0] > self.steps:
+      raise ValueError(
+        f"`profile_steps` must begin at most at `steps` = {self.steps}, got {self.profile_steps!r}."
+      )
     several = (self.coordinator, self.num_processes, self.process_id)
     if any(x is not None for x in several) and any(x is None for x in several):
       raise ValueError(
@@ -87,8 +102,8 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
   (
     "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep", "log_every",
-    "max_devices", "num_processes", "out", "process_id", "replica_change", "resume", "save_every",
-    "steps",
+    "max_devices", "num_processes", "out", "process_id", "profile_steps", "replica_change",
+    "resume", "save_every", "steps", "tensorboard", "wandb",
   )
 )  # fmt: skip
 """Flags that change neither the trajectory of a run nor what its checkpoints hold."""
@@ -96,7 +111,8 @@ FREE_ON_RESUME = frozenset(
 # Of one start, not of the run: another start may have other processes.
 _NEVER_KEPT = frozenset(
   (
-    "coordinator", "dry_run", "num_processes", "out", "process_id", "replica_change", "resume",
+    "coordinator", "dry_run", "num_processes", "out", "process_id", "profile_steps",
+    "replica_change", "resume",
   )
 )  # fmt: skip
 
@@ -126,6 +142,7 @@ def launch(
   argv = sys.argv[1:] if argv is None else list(argv)
   try:
     config = _parse(config_type, argv, description)
+    check_installed(tensorboard=config.tensorboard, wandb=config.wandb is not None)
     if not os.environ.get("JAXCOMM_DEBUG"):
       _quiet_threads()
     main(config)
@@ -222,74 +239,3 @@ def _saved_flags(config_type: type[ConfigT], argv: Sequence[str]) -> Any:
     return config_type(**kept, out=known.out)
   except (TypeError, ValueError) as e:
     raise ValueError(f"{known.out}/config.json does not hold the flags of a run: {e}") from e
-
-
-def start_devices(config: RunConfig) -> list[Any]:
-  """Starts JAX on the devices that the run needs.
-
-  Without an accelerator as many virtual CPU devices are made as the mesh needs. With several
-  processes the job is joined first: by the flags, or as Slurm, Open MPI or a TPU pod tell. Compiled
-  programs are kept in $JAXCOMM_CACHE, where that is set.
-
-  Returns:
-    Devices for the mesh: one for each place on `replicas * data_parallel * fsdp`, or only
-    `data_parallel * fsdp`, on which the replicas are then stacked.
-
-  Raises:
-    ValueError: there are too few devices even for stacked replicas.
-  """
-  inner = config.data_parallel * config.fsdp
-  needed = config.replicas * inner
-  processes = config.num_processes or 1
-  if needed % processes:
-    raise ValueError(
-      f"`replicas` * `data_parallel` * `fsdp` = {needed} must be a multiple of `num_processes`,"
-      f" got {processes}."
-    )
-  _before_start(needed // processes, config)
-  if processes > 1 and config.max_devices is not None and config.max_devices < needed:
-    raise ValueError(
-      f"`max_devices` = {config.max_devices} would stack replicas, which needs one process, got"
-      f" `num_processes` = {processes}."
-    )
-  limit = needed if config.max_devices is None else config.max_devices
-  devices = jax.devices()[:limit]
-  if len(devices) >= needed:
-    return devices[:needed]
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"`replicas` * `data_parallel` * `fsdp` = {needed} must not exceed the {len(devices)} devices"
-      f" of {jax.process_count()} processes: replicas are stacked only within one process."
-    )
-  if len(devices) < inner:
-    raise ValueError(
-      f"`data_parallel` * `fsdp` = {inner} must not exceed the devices, got {len(devices)}"
-      f" ({devices[0].device_kind})."
-    )
-  return devices[:inner]
-
-
-def _before_start(local_devices: int, config: RunConfig) -> None:
-  try:
-    jax.config.update("jax_num_cpu_devices", local_devices)
-  except RuntimeError:
-    if config.coordinator is not None:
-      raise ValueError(
-        "`coordinator` comes too late: this process has already started JAX by itself."
-      ) from None
-    return  # called from a program that has started JAX on devices of its own
-  cache = os.environ.get("JAXCOMM_CACHE")
-  if cache and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-    jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "xla"))
-  if config.coordinator is not None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-  elif _in_cluster():
-    jax.distributed.initialize()
-
-
-def _in_cluster() -> bool:
-  """Whether a launcher that `jax.distributed.initialize()` knows started several processes."""
-  sizes = [os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-  workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-  return len(workers) > 1 or any(size.isdigit() and int(size) > 1 for size in sizes)

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm.training._checkpoints import CheckpointError, Checkpoints
 from jaxcomm.training._layout import TrainState
+from jaxcomm.training._metrics import all_finite, means, on_host
+from jaxcomm.training._profile import ProfileWindow
 from jaxcomm.training._progress import Progress
 from jaxcomm.training._run_folder import RunFolder
 from jaxcomm.training._signals import TerminationSignal
 from jaxcomm.training._step import TrainStep
+from jaxcomm.training._trackers import Tracker
 from jaxcomm.training._wire import StepWire
 
 
@@ -52,6 +54,7 @@ class LoopResult:
     first_eval_loss: before the first step of the run, if it was evaluated then.
     wire_bytes_total: bytes sent per device in all steps; None without a `StepWire`.
     step_seconds: median wall-clock of a step, without the first; None if fewer than two ran.
+    wall_seconds: wall-clock of this start and of the earlier ones, of each up to its checkpoint.
     terminated: whether SIGTERM ended the loop early.
   """
 
@@ -62,6 +65,7 @@ class LoopResult:
   first_eval_loss: float | None
   wire_bytes_total: float | None
   step_seconds: float | None
+  wall_seconds: float
   terminated: bool
 
 
@@ -82,6 +86,9 @@ class Loop:
     folder: where to log; None for nowhere.
     checkpoints: where to save; None for nowhere.
     progress: display; None for none.
+    tracker: takes the rows too; None for none.
+    profile: an entered `ProfileWindow`; None for no trace.
+    started: `time.perf_counter()` from which to count `wall_seconds`; None for the call of `run`.
     signal: an entered `TerminationSignal` to heed; None to note SIGTERM only while `run` runs.
     data: name and hash of the data, kept in the checkpoints.
   """
@@ -97,13 +104,18 @@ class Loop:
     folder: RunFolder | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
+    tracker: Tracker | None = None,
+    profile: ProfileWindow | None = None,
+    started: float | None = None,
     signal: TerminationSignal | None = None,
     data: dict[str, str] | None = None,
   ):
     self._config, self._ts, self._batches = config, train_step, batches
     self._eval_batches, self._wire = eval_batches, wire
     self._folder, self._checkpoints, self._progress = folder, checkpoints, progress
+    self._tracker, self._profile = tracker, profile
     self._signal, self._data = signal, data
+    self._started, self._seconds_before = started, 0.0
     self._loss: float | None = None
     self._eval_loss: float | None = None
     self._first_eval_loss: float | None = None
@@ -123,6 +135,8 @@ class Loop:
       CheckpointError: a checkpoint could not be written.
     """
     step = int(state.step)
+    if self._started is None:
+      self._started = time.perf_counter()
     if meta is not None:
       self._load_meta(meta)
     elif step == 0 and self._config.eval_every:
@@ -147,6 +161,7 @@ class Loop:
       first_eval_loss=self._first_eval_loss,
       wire_bytes_total=None if self._wire is None else self._wire_total,
       step_seconds=float(np.median(self._durations)) if self._durations else None,
+      wall_seconds=self._wall_seconds(),
       terminated=terminated,
     )
 
@@ -154,8 +169,11 @@ class Loop:
     pending, before = None, None
     while step < self._config.steps and not signal.reached(step):
       batch = self._place(next(self._batches))
-      state, metrics = self._ts.step(state, batch)
       step += 1
+      if self._profile is not None:
+        self._profile.before(step, state)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, metrics = self._ts.step(state, batch)
       if pending is not None:
         self._read(*pending)
       now = time.perf_counter()
@@ -191,7 +209,7 @@ class Loop:
     wanted = self._due(step, self._config.log_every) or eval_loss is not None
     if not wanted and jax.process_count() > 1:
       return  # reading would need all processes
-    values = _means(metrics)
+    values = means(metrics)
     self._loss = values["loss"]
     if not math.isfinite(self._loss):
       self._stop_non_finite(f"the loss is {self._loss} at", step)
@@ -217,6 +235,8 @@ class Loop:
   def _log(self, row: dict[str, Any]) -> None:
     if self._folder is not None:
       self._folder.log(row)
+    if self._tracker is not None:
+      self._tracker.log(row)
     if self._progress is not None:
       self._progress.report(row)
 
@@ -226,7 +246,7 @@ class Loop:
     start = time.perf_counter()
     total = {"loss_sum": 0.0, "tokens": 0.0}
     for batch in self._eval_batches():
-      parts = _host(self._ts.evaluate(state, self._place(batch)))
+      parts = on_host(self._ts.evaluate(state, self._place(batch)))
       total = {k: total[k] + float(parts[k].astype(np.float64).sum()) for k in total}
     step, since = self._logged_at
     self._logged_at = (step, since + time.perf_counter() - start)  # tokens_per_s is of training
@@ -234,7 +254,7 @@ class Loop:
 
   def _save(self, step: int, state: TrainState) -> None:
     assert self._checkpoints is not None
-    if not _all_finite(state.params):  # the loss shows it only one step later
+    if not all_finite(state.params):  # the loss shows it only one step later
       self._stop_non_finite("a parameter is not finite after", step)
     meta = {
       "data": self._data,
@@ -243,6 +263,7 @@ class Loop:
       "loss": self._loss,
       "eval_loss": self._eval_loss,
       "first_eval_loss": self._first_eval_loss,
+      "wall_seconds": self._wall_seconds(),
     }
     fresh = self._eval_loss if self._due(step, self._config.eval_every) else None
     self._checkpoints.save(step, state, meta, eval_loss=fresh)
@@ -252,6 +273,11 @@ class Loop:
     self._wire_total = meta["wire_bytes_total"]
     self._loss, self._eval_loss = meta["loss"], meta["eval_loss"]
     self._first_eval_loss = meta["first_eval_loss"]
+    self._seconds_before = meta.get("wall_seconds", 0.0)  # runs of older versions lack it
+
+  def _wall_seconds(self) -> float:
+    assert self._started is not None
+    return self._seconds_before + time.perf_counter() - self._started
 
   def _stop_non_finite(self, what: str, step: int) -> None:
     saved = []
@@ -264,23 +290,3 @@ class Loop:
       f"{what} step {step}; {where}. Try a lower learning rate, a longer warm-up or a smaller block"
       " size."
     )
-
-
-@jax.jit
-def _all_finite(params: Any) -> jax.Array:
-  leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return jnp.stack([jnp.isfinite(x).all() for x in leaves] or [jnp.array(True)]).all()
-
-
-def _host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-  """Per-replica metrics on every process; between processes one small all-gather."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(metrics, tiled=True)
-  return {k: np.asarray(v) for k, v in metrics.items()}
-
-
-def _means(metrics: dict[str, jax.Array]) -> dict[str, float]:
-  host = _host({k: v for k, v in metrics.items() if k != "synced"})
-  return {k: float(v.astype(np.float64).mean()) for k, v in host.items()}

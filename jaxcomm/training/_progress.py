@@ -1,5 +1,6 @@
 """Progress of a run: a bar on a terminal, lines elsewhere."""
 
+import importlib.util
 import sys
 import time
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 class Progress:
   """Shows steps, loss and speed.
 
-  On a terminal a bar (needs `rich`); otherwise a line for each row logged, at most one per
+  On a terminal a bar, if `rich` is installed; otherwise a line for each row logged, at most one per
   `seconds`, and always those with an evaluation.
 
   Args:
@@ -23,7 +24,7 @@ class Progress:
     self._bar = self._task = None
 
   def __enter__(self):
-    if not self._quiet and sys.stdout.isatty():
+    if not self._quiet and on_terminal():
       from rich import progress
 
       self._bar = progress.Progress(
@@ -59,6 +60,11 @@ class Progress:
     if "eval_loss" in row or now - self._last >= self._seconds or row["step"] == self._steps:
       self._last = now
       print(f"step {row['step']:>6}/{self._steps}  {_text(row)}", flush=True)
+
+
+def on_terminal() -> bool:
+  """Whether bars and tables can be drawn: standard output is a terminal, and `rich` is there."""
+  return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -3,32 +3,39 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import math
 import pathlib
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from jaxcomm.training._checkpoints import CheckpointError, Checkpoints
+from jaxcomm.training._describe import (
+  describe_memory,
+  describe_run,
+  describe_setting,
+  describe_wire,
+  guess_step_seconds,
+  num_params,
+)
 from jaxcomm.training._launch import FREE_ON_RESUME, RunConfig
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult
-from jaxcomm.training._progress import Progress, format_bytes
+from jaxcomm.training._profile import ProfileWindow, parse_window
+from jaxcomm.training._progress import Progress
 from jaxcomm.training._report import plot_report
-from jaxcomm.training._run_folder import RunFolder, RunFolderError
+from jaxcomm.training._results import describe_end, print_results
+from jaxcomm.training._run_folder import RunFolder, RunFolderError, read_metrics
 from jaxcomm.training._signals import TerminationSignal
 from jaxcomm.training._step import TrainStep
+from jaxcomm.training._trackers import TensorBoard, Tracker, Trackers, WandB
 from jaxcomm.training._wire import StepWire, step_wire
 
-# Rough rates for estimates before the first step; bf16 matrix peak at 40 % where known.
-_FLOPS_PER_SECOND = {"H100": 0.4 * 989e12, "H200": 0.4 * 989e12, "A100": 0.4 * 312e12}
-_FLOPS_PER_SECOND |= {"TPU v5 lite": 0.4 * 197e12, "TPU v5": 0.4 * 459e12, "TPU v4": 0.4 * 275e12}
-_CPU_FLOPS_PER_SECOND = 4e10  # a laptop's whole processor
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +90,10 @@ def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult
       flush=True,
     )
     return None
-  say(_describe(config, task), flush=True)
+  say(describe_run(task), flush=True)
   if config.dry_run:
-    say(_describe_memory(_compile(task)[0]))
+    say(describe_memory(_compile(task)[0]))
     return None
-  started = time.perf_counter()
   result, wire = _train(config, task, folder, signal)
   if result.terminated:
     saved = (
@@ -96,37 +102,78 @@ def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult
     say(f"SIGTERM: stopped after step {result.step} of {config.steps}, {saved}.", flush=True)
     return result
   if result.step_seconds:
-    say(_describe_wire(task, wire, result.step_seconds, "measured"), flush=True)
+    say(describe_wire(task, wire, result.step_seconds, "measured"), flush=True)
+  summary = _summary(task, wire, result)
   if folder is not None:
-    folder.summarise(_summary(task, wire, result, time.perf_counter() - started))
-    if first:
-      plot_report(folder.path, title=task.title, dense_bytes_per_step=wire.dense)
-      say(f"report: {folder.path / 'report.png'}", flush=True)
-  say(_describe_end(result), flush=True)
+    folder.summarise(summary)
+  if first:
+    _show(task, summary, folder)
+  say(describe_end(summary), flush=True)
   return result
 
 
+def _show(task: Task, summary: dict[str, Any], folder: RunFolder | None) -> None:
+  """The picture and the table of a finished run."""
+  if folder is None:
+    print_results(summary, [])
+    return
+  plot_report(
+    folder.path,
+    title=task.title,
+    subtitle=describe_setting(task),
+    dense_bytes_per_step=summary["dense_wire_bytes_per_step"],
+  )
+  print_results(summary, read_metrics(folder.path), folder.path)
+
+
 def _open_folder(config: RunConfig, out: str, first: bool) -> RunFolder:
-  """The run folder; if one process cannot use it, all of them raise."""
   may_change = FREE_ON_RESUME | {"replicas"}  # the checkpoint says what that needs
-  saved, folder, error = dataclasses.asdict(config), None, None
+  saved = dataclasses.asdict(config)
+
+  def open_folder():
+    return RunFolder(out, saved, resume=config.resume, may_change=may_change, write=first)
+
+  return _together(open_folder, f"use the run folder {out}")
+
+
+def _open_trackers(config: RunConfig, folder: RunFolder | None, step: int) -> Trackers:
+  """What the flags ask for, on the first process; `step` is the last one taken so far."""
+
+  def open_trackers():
+    trackers: list[Tracker] = []
+    if folder is not None and jax.process_index() == 0:
+      rows = read_metrics(folder.path)
+      if config.tensorboard:
+        trackers.append(TensorBoard(folder.path / "tensorboard", rows, step + 1 if rows else 0))
+      if config.wandb is not None:
+        flags = dataclasses.asdict(config)
+        trackers.append(WandB(folder.path, config.wandb, flags, rows, folder.logged))
+    return Trackers(trackers)
+
+  return _together(open_trackers, "start its logs")
+
+
+def _together(make: Callable[[], T], what: str) -> T:
+  """What `make` returns; if it fails in one process, all of them raise."""
+  made, error = None, None
   try:
-    folder = RunFolder(out, saved, resume=config.resume, may_change=may_change, write=first)
-  except (OSError, RunFolderError) as e:
+    made = make()
+  except (OSError, ValueError, ImportError) as e:
     error = e
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
     failed = multihost_utils.process_allgather(np.asarray(error is not None))
     if error is None and failed.any():
-      error = RunFolderError(f"process {failed.argmax()} cannot use the run folder {out}.")
+      error = RunFolderError(f"process {failed.argmax()} cannot {what}.")
   if error is not None:
     raise error
-  assert folder is not None
-  return folder
+  assert made is not None
+  return made
 
 
 def _train(config, task, folder, signal) -> tuple[LoopResult, StepWire]:
+  started = time.perf_counter()
   loop_config = LoopConfig(
     steps=config.steps,
     log_every=config.log_every,
@@ -141,6 +188,7 @@ def _train(config, task, folder, signal) -> tuple[LoopResult, StepWire]:
       layout = task.train_step.layout
       checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, layout, keep=config.keep))
     state, meta = _start(config, task, folder, checkpoints)  # refuses before anything is compiled
+    trackers = stack.enter_context(_open_trackers(config, folder, int(state.step)))
     wire = _compile(task)[1]
     loop = Loop(
       loop_config,
@@ -151,10 +199,23 @@ def _train(config, task, folder, signal) -> tuple[LoopResult, StepWire]:
       folder=folder,
       checkpoints=checkpoints,
       progress=stack.enter_context(Progress(config.steps, quiet=jax.process_index() != 0)),
+      tracker=trackers,
+      profile=_profile(config, folder, stack),
+      started=started,
       signal=signal,
       data=task.data,
     )
-    return loop.run(state, meta=meta), wire
+    result = loop.run(state, meta=meta)
+    if not result.terminated:
+      trackers.summary = _summary(task, wire, result)
+    return result, wire
+
+
+def _profile(config, folder, stack: contextlib.ExitStack) -> ProfileWindow | None:
+  if config.profile_steps is None or folder is None:
+    return None
+  window = ProfileWindow(folder.path / "profile", *parse_window(config.profile_steps))
+  return stack.enter_context(window)
 
 
 def _compile(task: Task) -> tuple[jax.stages.Compiled, StepWire]:
@@ -163,7 +224,7 @@ def _compile(task: Task) -> tuple[jax.stages.Compiled, StepWire]:
   compiled = task.train_step.compile(task.batch_shapes)
   wire = step_wire(task.train_step, compiled)
   say(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-  say(_describe_wire(task, wire, _guess_step_seconds(task), "estimated"), flush=True)
+  say(describe_wire(task, wire, guess_step_seconds(task), "estimated"), flush=True)
   return compiled, wire
 
 
@@ -195,68 +256,12 @@ def _say() -> Callable[..., None]:
   return print if jax.process_index() == 0 else lambda *_, **__: None
 
 
-def _num_params(task: Task) -> int:
-  layout = task.train_step.layout
-  leaves = zip(jax.tree.leaves(layout.shapes.params), jax.tree.leaves(layout.varying.params))
-  return sum(math.prod(s.shape[1:] if varies else s.shape) for s, varies in leaves)
-
-
-def _describe(config: RunConfig, task: Task) -> str:
-  layout = task.train_step.layout
-  mesh = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
-  device = layout.mesh.devices.flat[0].device_kind
-  stacked = f", {config.replicas} replicas stacked on the devices" if layout.stacked else ""
-  return (
-    f"{task.title}\nparameters: {_num_params(task):,}\n"
-    f"mesh: {mesh} on {layout.mesh.size} x {device}{stacked}"
-  )
-
-
-def _describe_wire(task: Task, wire: StepWire, step_seconds: float, how: str) -> str:
-  kind = "logical, " if wire.logical else ""
-  lines = [f"bytes sent per device and step ({kind}mean over a round):"]
-  per_step = wire.per_step(task.sync_period)
-  lines += [f"  {axis:<10} {format_bytes(sent)}" for axis, sent in per_step.items()]
-  sent = per_step.get("replica", 0.0)
-  ratio = f", {wire.dense / sent:,.1f} times as much" if sent else ""
-  lines.append(f"  data parallel over replica would send {format_bytes(wire.dense)}{ratio}")
-  speed = wire.break_even(task.sync_period, step_seconds)
-  claim = f"below {speed * 8 / 1e6:,.1f} Mbit/s per device" if speed > 0 else "at no link speed"
-  lines.append(
-    f"faster than data parallel {claim} (at {1000 * step_seconds:.1f} ms of computation per step,"
-    f" {how}; data parallel granted perfect overlap)"
-  )
-  return "\n".join(lines)
-
-
-def _describe_memory(compiled: jax.stages.Compiled) -> str:
-  memory = compiled.memory_analysis()
-  if memory is None:
-    return "memory per device: the compiler does not say"
-  state = memory.argument_size_in_bytes
-  fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  temporary = memory.temp_size_in_bytes
-  return (
-    f"memory per device: {format_bytes(state + fresh + temporary)} (state and batch"
-    f" {format_bytes(state)}, temporary {format_bytes(temporary)}, new outputs"
-    f" {format_bytes(fresh)})"
-  )
-
-
-def _guess_step_seconds(task: Task) -> float:
-  mesh = task.train_step.layout.mesh
-  kind = mesh.devices.flat[0].device_kind
-  rate = next((v for k, v in _FLOPS_PER_SECOND.items() if k in kind), None)
-  total = _CPU_FLOPS_PER_SECOND if rate is None else rate * mesh.size
-  return task.flops_per_step / total
-
-
-def _summary(task: Task, wire: StepWire, result: LoopResult, seconds: float) -> dict[str, Any]:
+def _summary(task: Task, wire: StepWire, result: LoopResult) -> dict[str, Any]:
   names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   device = task.train_step.layout.mesh.devices.flat[0]
   return {
     "title": task.title,
-    "params": _num_params(task),
+    "params": num_params(task),
     "steps": result.step,
     "final_loss": result.loss,
     "eval_loss": result.eval_loss,
@@ -266,7 +271,7 @@ def _summary(task: Task, wire: StepWire, result: LoopResult, seconds: float) -> 
     "wire_bytes_total": result.wire_bytes_total,
     "wire_bytes_logical": wire.logical,
     "step_seconds": result.step_seconds,
-    "wall_seconds": round(seconds, 2),
+    "wall_seconds": round(result.wall_seconds, 2),
     "devices": f"{task.train_step.layout.mesh.size} x {device.device_kind}",
     "versions": {n: importlib.metadata.version(n) for n in names}
     | {"python": platform.python_version()},
@@ -282,17 +287,3 @@ def _git_commit() -> str | None:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
   except (OSError, subprocess.CalledProcessError):
     return None
-
-
-def _describe_end(result: LoopResult) -> str:
-  parts = [f"done: {result.step} steps"]
-  if result.loss is not None:
-    parts.append(f"loss {result.loss:.4f}")
-  if result.eval_loss is not None:
-    start = result.first_eval_loss
-    parts.append(
-      f"eval loss {result.eval_loss:.4f}" + (f" (from {start:.4f})" if start is not None else "")
-    )
-  if result.wire_bytes_total is not None:
-    parts.append(f"sent {format_bytes(result.wire_bytes_total)} per device")
-  return ", ".join(parts)

@@ -256,5 +256,5 @@ def test_too_few_devices_for_one_replica():
 
 
 def test_processes_must_share_the_devices_evenly():
-  with pytest.raises(ValueError, match=r"= 3 must be a multiple of `num_processes`, got 2"):
+  with pytest.raises(ValueError, match=r"= 3 must be a multiple of the number of processes, got 2"):
     start_devices(RunConfig(replicas=3, coordinator="h:1", num_processes=2, process_id=0))

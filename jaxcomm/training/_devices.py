@@ -1,0 +1,87 @@
+"""The devices of a run: of one process, or of all that take part."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxcomm.training._cluster import join, launched_processes
+from jaxcomm.training._launch import RunConfig
+
+
+def start_devices(config: RunConfig) -> list[Any]:
+  """Starts JAX on the devices that the run needs.
+
+  Without an accelerator as many virtual CPU devices are made as the mesh needs. With several
+  processes the job is joined first: by the flags, or as Slurm, Open MPI or a TPU pod tell. Compiled
+  programs are kept in $JAXCOMM_CACHE/xla, by default ~/.cache/jaxcomm/xla, unless JAX has been
+  given another folder.
+
+  Returns:
+    Devices for the mesh: one for each place on `replicas * data_parallel * fsdp`, those of one
+    process together; or only `data_parallel * fsdp`, on which the replicas are then stacked.
+
+  Raises:
+    ValueError: there are too few devices even for stacked replicas, or the processes cannot share
+      the mesh evenly.
+  """
+  inner = config.data_parallel * config.fsdp
+  needed = config.replicas * inner
+  processes = config.num_processes or launched_processes()
+  _check_shares(needed, processes)
+  _before_start(needed // processes, config)
+  processes = jax.process_count()  # a TPU pod counts its hosts itself
+  _check_shares(needed, processes)
+  if processes > 1 and config.max_devices is not None and config.max_devices < needed:
+    raise ValueError(
+      f"`max_devices` = {config.max_devices} would stack replicas, which needs one process, got"
+      f" {processes}."
+    )
+  limit = needed if config.max_devices is None else min(config.max_devices, needed)
+  devices = _of_each_process(jax.devices(), limit // processes)
+  if len(devices) == needed:
+    return devices
+  if processes > 1:
+    raise ValueError(
+      f"`replicas` * `data_parallel` * `fsdp` = {needed} must not exceed the {len(devices)} devices"
+      f" of {processes} processes: replicas are stacked only within one process."
+    )
+  if len(devices) < inner:
+    raise ValueError(
+      f"`data_parallel` * `fsdp` = {inner} must not exceed the devices, got {len(devices)}"
+      f" ({devices[0].device_kind})."
+    )
+  return devices[:inner]
+
+
+def _check_shares(needed: int, processes: int) -> None:
+  if needed % processes:
+    raise ValueError(
+      f"`replicas` * `data_parallel` * `fsdp` = {needed} must be a multiple of the number of"
+      f" processes, got {processes}."
+    )
+
+
+def _of_each_process(devices: Sequence[Any], count: int) -> list[Any]:
+  """The first `count` devices of each process, process by process."""
+  groups: dict[int, list[Any]] = {}
+  for device in devices:
+    groups.setdefault(device.process_index, []).append(device)
+  return [device for process in sorted(groups) for device in groups[process][:count]]
+
+
+def _before_start(local_devices: int, config: RunConfig) -> None:
+  try:
+    jax.config.update("jax_num_cpu_devices", local_devices)
+  except RuntimeError:
+    if config.coordinator is not None:
+      raise ValueError(
+        "`coordinator` comes too late: this process has already started JAX by itself."
+      ) from None
+    return  # called from a program that has started JAX on devices of its own
+  if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+    cache = pathlib.Path(os.environ.get("JAXCOMM_CACHE") or "~/.cache/jaxcomm").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+  join(config.coordinator, config.num_processes, config.process_id)
