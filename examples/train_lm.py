@@ -59,8 +59,14 @@ class Config(RunConfig):
   """length of the learning-rate schedule; default --steps"""
   weight_decay: float = 0.1
   """decoupled, of AdamW"""
-  data: str = "sympy"
-  """sympy, or the path of a text file"""
+  data: list[str] = dataclasses.field(default_factory=lambda: ["sympy"])
+  """sympy, english-docs; files, folders, globs of text, .jsonl, .parquet; hf:NAME[@REVISION]"""
+  data_weights: list[float] = dataclasses.field(default_factory=list)
+  """a mixture of the --data sources in these shares; none: they are one corpus"""
+  text_field: str = "text"
+  """key or column of the text in .jsonl, .parquet and hf: data"""
+  tokenizer: str | None = None
+  """a Hugging Face tokenizer.json; default: one trained on the data"""
   remat: Literal["none", "full", "dots"] = "none"
   """what the backward pass computes again to save memory"""
   dtype: Literal["float32", "bfloat16"] | None = None
@@ -84,6 +90,12 @@ class Config(RunConfig):
     if self.warmup is not None and not 0 <= self.warmup < length:
       raise ValueError(
         f"`warmup` must be in [0, {length}), the length of the schedule, got {self.warmup}."
+      )
+    weights = self.data_weights
+    if weights and (len(weights) != len(self.data) or not all(0 < w < math.inf for w in weights)):
+      raise ValueError(
+        f"`data_weights` must be a positive number for each of the {len(self.data)} sources in"
+        f" `data`, got {weights}."
       )
     if not 0 <= self.outer_momentum < 1:
       raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
@@ -142,19 +154,34 @@ def build_transform(config: Config, specs) -> optax.GradientTransformation:
   return jaxcomm.diloco(inner, optax.chain(mean, nesterov), sync_period=config.sync_period)
 
 
-def load_corpus(config: Config, model: llama.LlamaConfig) -> data.TextCorpus:
-  """The tokens, all of which the model knows."""
-  corpus = data.prepare_text(config.data, vocab_size=min(model.vocab_size, 8192))
-  for split in ("train", "validation"):
-    data.check_token_ids(corpus.tokens(split), model.vocab_size)
-  return corpus
+def load_corpora(config: Config, model: llama.LlamaConfig) -> list[data.TextCorpus]:
+  """The tokens, all of which the model knows: one corpus, or the parts of a mixture."""
+  options: dict[str, Any] = {
+    "vocab_size": model.vocab_size if config.tokenizer else min(model.vocab_size, 8192),
+    "tokenizer": config.tokenizer,
+    "text_field": config.text_field,
+  }
+  if config.data_weights:
+    corpora = data.prepare_mixture(config.data, **options)
+  else:
+    corpora = [data.prepare_text(config.data, **options)]
+  for corpus in corpora:
+    for split in ("train", "validation"):
+      data.check_token_ids(corpus.tokens(split), model.vocab_size)
+  return corpora
 
 
-def build_data(config: Config, corpus: data.TextCorpus, rows: dict[str, Any]):
+def build_data(config: Config, corpora: list[data.TextCorpus], rows: dict[str, Any]):
   """This process's training rows, and the evaluation batches."""
-  train = data.load_text(corpus, split="train", seq_len=config.seq_len)
-  validation = data.load_text(corpus, split="validation", seq_len=config.seq_len)
-  batches = data.batches(train, batch_size=config.batch_size, seed=config.seed, **rows)
+  train, validation = (
+    [data.load_text(c, split=split, seq_len=config.seq_len) for c in corpora]
+    for split in ("train", "validation")
+  )
+  weights = config.data_weights or [1.0]
+  batches = data.batches(
+    train, weights=weights, batch_size=config.batch_size, seed=config.seed, **rows
+  )
+  validation = data.mix(validation, weights)
   available = len(validation) // config.batch_size
   count = min(8, available) if config.eval_batches is None else config.eval_batches
   evaluation = data.eval_batches(validation, config.batch_size, count, **rows)
@@ -173,7 +200,7 @@ def main(config: Config) -> None:
   model = getattr(llama, config.preset)()
   changes = {"vocab_size": config.vocab_size, "dtype": config.dtype, "remat": config.remat}
   model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
-  corpus = load_corpus(config, model)
+  corpora = load_corpora(config, model)
 
   def init(key):
     return llama.init(key, model)
@@ -188,7 +215,7 @@ def main(config: Config) -> None:
     param_specs=specs,
     num_replicas=config.replicas,
   )
-  batches, evaluation = build_data(config, corpus, train_step.local_rows(config.batch_size))
+  batches, evaluation = build_data(config, corpora, train_step.local_rows(config.batch_size))
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32
@@ -203,11 +230,7 @@ def main(config: Config) -> None:
       tokens_per_step=math.prod(rows),
       flops_per_step=math.prod(rows) * llama.flops_per_token(model, config.seq_len),
       sync_period=rounds,
-      data={
-        "name": corpus.meta["source"],
-        "sha256": corpus.meta["text_sha256"],
-        "tokens_sha256": corpus.meta["files"]["train.tokens.npy"]["sha256"],
-      },
+      data=data.provenance(corpora),
       title=f"train_lm: {config.preset} {config.model}, {config.method}"
       + (f" every {rounds} steps" if rounds else ""),
     ),

@@ -4,8 +4,8 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str) -> ModuleType:
-  """Imports `module` of the extra `train`.
+def require(module: str, extra: str = "train") -> ModuleType:
+  """Imports `module` of the extra `extra`.
 
   Raises:
     ImportError: it is not installed; the message holds the pip command.
@@ -15,4 +15,4 @@ def require(module: str) -> ModuleType:
   except ModuleNotFoundError as e:
     if e.name != module:  # present but broken: the original message says more
       raise
-    raise ImportError(f'`{module}` is not installed: pip install "jaxcomm[train]"') from e
+    raise ImportError(f'`{module}` is not installed: pip install "jaxcomm[{extra}]"') from e

@@ -1,177 +1,128 @@
-"""Text corpora: where the documents come from and to which split each belongs.
-
-Two sources, both local: the Python files of the installed sympy 1.14.0 (26.18 MB, BSD-3-Clause),
-and one text file of the user. A split never shares a document with another.
-"""
+"""Text corpora by name, from the user's files, and from sets of the library `datasets`."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import os
-import re
-import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-SPLITS = ("train", "validation", "test")
+from jaxcomm.data._files import find_files, is_text, read_rows, read_text
+from jaxcomm.data._hub import read_hub
+from jaxcomm.data.documents import Corpus, Document, agree_on_splits, hold_out
+from jaxcomm.data.named import TEXTS
 
-_SYMPY_VERSION = "1.14.0"
-_SYMPY_SHA256 = "86f56d84a901c8636f9a7fae78d089e818cac93c3f5f7c1b8727e68d17d7f841"
-_SYMPY_HINT = 'pip install "jaxcomm[train]"'
+Source = str | os.PathLike[str]
 
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-  """One text with a name that is unique in its corpus, and the split that owns it."""
-
-  name: str
-  text: str
-  split: str
+_MANY_FILES = 100  # so many text files are documents; fewer are cut into blocks
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-  """Named documents of one source, in a fixed order."""
+def load_corpus(
+  source: Source | Sequence[Source] = "sympy",
+  *,
+  text_field: str = "text",
+  cache_dir: str | os.PathLike[str] | None = None,
+) -> Corpus:
+  """Reads the documents of `source`. Nothing is fetched but a set of the hub, by `hf:NAME`.
 
-  source: str  # "sympy", or the base name of the user's file
-  version: str  # of the package; empty for a file
-  licence: str
-  documents: tuple[Document, ...]
+  A source is one of
 
-  def sha256(self) -> str:
-    """Hash of every name, split and text, in order."""
-    digest = hashlib.sha256()
-    for document in self.documents:
-      for part in (document.name, document.split, document.text):
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
+  - `"sympy"`: the source code of the installed sympy 1.14.0;
+  - `"sympy-code"` or `"english-docs"`, after `fetch`;
+  - a file, a folder (its .txt, .jsonl, .ndjson and .parquet files) or a glob: `.jsonl`, `.ndjson`
+    and `.json` hold one object per line, `.parquet` a table; any other file is UTF-8 text;
+  - `"hf:NAME"`, `"hf:NAME:CONFIG"`, `"hf:NAME@REVISION"` or `"hf:FOLDER"`, with the library
+    `datasets`.
 
-  def split(self, split: str) -> tuple[Document, ...]:
-    """The documents of `split`, in order."""
-    check_split(split)
-    return tuple(d for d in self.documents if d.split == split)
+  A row is a document. A text file is cut into about 100 blocks, or is one document where there are
+  100 text files or more. 2 % of the distinct documents of the user's files, chosen by a hash of
+  their text, are the test split, 2 % validation, at least one each.
 
-
-def load_corpus(source: str | os.PathLike[str] = "sympy") -> Corpus:
-  """Reads the documents of `source`: `"sympy"`, or the path of a UTF-8 text file.
+  Args:
+    source: one source, or several: their documents together.
+    text_field: key or column of the text in JSON lines, parquet and `hf:` sets.
+    cache_dir: where `fetch` put the named sets; default as there.
 
   Raises:
-    ImportError: sympy 1.14.0 is not installed.
-    FileNotFoundError, IsADirectoryError: `source` is no file.
-    ValueError: the file is empty, not UTF-8 text (path and line), or too small for three splits.
+    ImportError: sympy 1.14.0, or an extra that the source needs, is not installed.
+    FileNotFoundError: there is no such file, or the named set was not fetched.
+    ValueError: a file is empty, not UTF-8 text or not what its suffix says, a row has no text (path
+      and line), a file is named twice, or there is too little for three splits.
   """
-  corpus = _sympy_corpus() if source == "sympy" else _file_corpus(Path(source))
-  for split in SPLITS:
-    if not corpus.split(split):
-      raise ValueError(f"empty split `{split}` in `{source}`.")
+  sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+  if not sources:
+    raise ValueError("`source` must name at least one source, got none.")
+  if len({str(s) for s in sources}) < len(sources):
+    raise ValueError(f"`source` must not name a source twice, got {_label(sources)}.")
+  files = [s for s in sources if not _is_named(s)]
+  parts = [_named_corpus(str(s), text_field, cache_dir) for s in sources if _is_named(s)]
+  if files:  # together, so that a glob means the same whether or not the shell expands it
+    parts.append(_files_corpus(files, text_field))
+  (corpus,) = agree_on_splits([parts[0] if len(parts) == 1 else _join(parts)])
   return corpus
 
 
-def check_split(split: str) -> str:
-  """Returns `split`, or raises ValueError where it is not one of `SPLITS`."""
-  if split not in SPLITS:
-    raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
-  return split
+def _is_named(source: Source) -> bool:
+  return isinstance(source, str) and (source in TEXTS or source.startswith("hf:"))
 
 
-def split_of(key: str) -> str:
-  """Split of the documents that share `key`: 2 % test, 2 % validation, 96 % train.
-
-  Example:
-    >>> split_of("sympy/core/add.py")
-    'train'
-  """
-  bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
-  return "test" if bucket < 2 else "validation" if bucket < 4 else "train"
+def _named_corpus(source: str, text_field: str, cache_dir: str | os.PathLike[str] | None) -> Corpus:
+  if source.startswith("hf:"):
+    return read_hub(source, text_field)
+  return TEXTS[source](cache_dir)
 
 
-def module_key(name: str) -> str:
-  """The module that the file `name` belongs to: a test file shares the key of what it tests.
-
-  Whole directories would be too coarse a key (99 of them: 0.4 % validation, no test), so the key
-  is the module: sympy's tests lie in a `tests` directory beside it under the name `test_` + module.
-
-  Example:
-    >>> module_key("sympy/core/tests/test_add.py")
-    'sympy/core/add.py'
-  """
-  *folders, file = name.split("/")
-  if "tests" not in folders:
-    return name
-  folders = folders[: folders.index("tests")]
-  return "/".join([*folders, re.sub(r"^test_", "", file)])
-
-
-def decode_text(data: bytes, path: str | os.PathLike[str]) -> str:
-  """Strict UTF-8 without NUL; the error names path, line and byte offset."""
-  offset, problem = data.find(b"\0"), "a NUL byte (a binary file?)"
-  if offset < 0:
-    try:
-      return data.decode("utf-8")
-    except UnicodeDecodeError as e:
-      offset, problem = e.start, f"not UTF-8 ({e.reason})"
-  line = data.count(b"\n", 0, offset) + 1
-  raise ValueError(f"{path}:{line}: {problem} at byte offset {offset}.")
+def _files_corpus(sources: Sequence[Source], text_field: str) -> Corpus:
+  files = [path for source in sources for path in find_files(source)]
+  seen: set[Path] = set()
+  for path in files:
+    if path.resolve() in seen:
+      raise ValueError(f"`source` must not name a file twice, got `{path}` in {_label(sources)}.")
+    seen.add(path.resolve())
+  names, texts = [], []
+  whole = sum(map(is_text, files)) >= _MANY_FILES
+  for prefix, path in sorted(zip(_prefixes(files), files)):
+    for name, text in _documents(path, text_field, whole):
+      names.append(f"{prefix}/{name}".strip("/"))
+      texts.append(text)
+  splits = hold_out(texts, ("test", "validation"), ", ".join(map(str, sources)))
+  documents = tuple(map(Document, names, texts, splits))
+  return Corpus(_label(sources), "", "unknown", documents)
 
 
-def _sympy_corpus() -> Corpus:
-  """All non-empty `.py` files that pip recorded for sympy; sympy itself is not imported."""
-  try:
-    package = importlib.metadata.distribution("sympy")
-  except importlib.metadata.PackageNotFoundError as e:
-    raise ImportError(f"the default corpus is the source of sympy: {_SYMPY_HINT}") from e
-  if package.version != _SYMPY_VERSION:
-    raise ImportError(
-      f"the default corpus is sympy {_SYMPY_VERSION}, got {package.version}: {_SYMPY_HINT}"
-    )
-  files = {str(f): f for f in package.files or () if f.suffix == ".py"}
-  if not files:
-    raise ImportError(f"sympy is installed without a list of its files: {_SYMPY_HINT}")
-  documents = []
-  for name in sorted(files, key=str.encode):
-    path = files[name].locate()
-    if data := Path(str(path)).read_bytes():
-      documents.append(Document(name, decode_text(data, path), split_of(module_key(name))))
-  corpus = Corpus("sympy", _SYMPY_VERSION, "BSD-3-Clause", tuple(documents))
-  if corpus.sha256() != _SYMPY_SHA256:
-    warnings.warn(
-      f"the installed files of sympy {_SYMPY_VERSION} differ from the published ones:"
-      " losses are not comparable with the documented runs.",
-      stacklevel=3,
-    )
-  return corpus
+def _documents(path: Path, text_field: str, whole: bool) -> Iterable[tuple[str, str]]:
+  if not is_text(path):
+    return [(f"row/{number:06d}", text) for number, text in read_rows(path, text_field)]
+  text = read_text(path)
+  if whole:
+    return [("", text)]
+  return [(f"block/{i:06d}", block) for i, block in enumerate(cut_blocks(text))]
 
 
-def _file_corpus(path: Path) -> Corpus:
-  """Cuts one file into about 100 blocks and gives whole blocks to the splits.
+def _prefixes(files: Sequence[Path]) -> list[str]:
+  """Names of `files` in their smallest common folder; none for a single file."""
+  if len(files) == 1:
+    return [""]
+  absolute = [p.absolute() for p in files]
+  common = os.path.commonpath([p.parent for p in absolute])
+  return [p.relative_to(common).as_posix() for p in absolute]
 
-  The order by content hash picks 2 % test and 2 % validation, at least one block each; blocks with
-  equal text land in the same split.
-  """
-  if path.is_dir():
-    raise IsADirectoryError(f"`{path}` is a directory, a text file is needed.")
-  if not path.exists():
-    raise FileNotFoundError(f"`{path}` does not exist.")
-  text = decode_text(path.read_bytes(), path)
-  if not text.strip():
-    raise ValueError(f"`{path}` is empty.")
-  blocks = cut_blocks(text)
-  keys = [hashlib.sha256(block.encode()).hexdigest() for block in blocks]
-  order = sorted(set(keys))
-  if len(order) < len(SPLITS):
-    raise ValueError(
-      f"empty split: `{path}` ({len(text)} characters, {len(order)} distinct blocks) is too small"
-      " for train, validation and test; give a larger file."
-    )
-  held_out = max(1, len(order) // 50)
-  split = dict.fromkeys(order, "train")
-  split.update(dict.fromkeys(order[:held_out], "test"))
-  split.update(dict.fromkeys(order[held_out : 2 * held_out], "validation"))
+
+def _label(sources: Sequence[Source]) -> str:
+  """`sources` without their folders, so that a corpus is the same wherever it lies."""
+  names = [Path(s).name or str(s) for s in sources]
+  if len(names) > 3:
+    names = [*names[:2], f"{len(names) - 2} more"]
+  return "+".join(names)
+
+
+def _join(parts: Sequence[Corpus]) -> Corpus:
+  documents = [
+    dataclasses.replace(d, name=f"{part.source}/{d.name}") for part in parts for d in part.documents
+  ]
   return Corpus(
-    path.name,
-    "",
-    "unknown",
-    tuple(Document(f"block/{i:06d}", b, split[k]) for i, (b, k) in enumerate(zip(blocks, keys))),
+    "+".join(p.source for p in parts),
+    "+".join(p.version for p in parts if p.version),
+    ", ".join(dict.fromkeys(p.licence for p in parts)),
+    tuple(documents),
   )
 
 

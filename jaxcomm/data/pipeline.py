@@ -7,6 +7,8 @@ Nothing crosses the wire here: each process reads its own rows of the global bat
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,16 +98,46 @@ def load_text(corpus: TextCorpus, *, split: str, seq_len: int) -> grain.MapDatas
   if len(tokens) < seq_len + 1:
     raise ValueError(
       f"`split` {split!r} must hold at least `seq_len` + 1 = {seq_len + 1} tokens,"
-      f" got {len(tokens)}: give more data or a smaller `seq_len`."
+      f" got {len(tokens)} in {corpus.meta['source']}: give more data or a smaller `seq_len`."
     )
   return grain.MapDataset.source(PackedSource(tokens, seq_len, corpus.eot_id))
 
 
+def mix(datasets: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+  """Takes elements of `datasets` in turn, in the shares of `weights`, each in its own order.
+
+  It ends where the first of them does, so no element comes twice. The order is fixed: after any
+  number of elements, each share is right within one element per dataset.
+
+  Args:
+    datasets: at least one.
+    weights: a positive number for each, in any unit; grain rounds them to 1 % of the smallest.
+
+  Raises:
+    ValueError: the numbers differ, or a weight is not positive and finite.
+
+  Example:
+    >>> import grain
+    >>> a, b = grain.MapDataset.range(0, 9), grain.MapDataset.range(100, 109)
+    >>> list(mix([a, b], [2, 1]))[:6]
+    [0, 100, 1, 2, 101, 3]
+  """
+  if len(weights) != len(datasets) or not all(0 < w < math.inf for w in weights):
+    raise ValueError(
+      f"`weights` must be a positive finite number for each of {len(datasets)} datasets,"
+      f" got {list(weights)}."
+    )
+  if len(datasets) == 1:
+    return datasets[0]
+  return require("grain").MapDataset.mix(list(datasets), list(weights))
+
+
 def batches(
-  dataset: grain.MapDataset,
+  dataset: grain.MapDataset | Sequence[grain.MapDataset],
   *,
   batch_size: int,
   seed: int,
+  weights: Sequence[float] | None = None,
   shuffle: bool = True,
   row_start: int = 0,
   row_count: int | None = None,
@@ -118,14 +150,19 @@ def batches(
   is lost or repeated within one. The order does not depend on who reads which rows: the rows of
   all processes, put together, are the same global batch for any number of processes.
 
+  A mixture of several datasets takes from each in turn (see `mix`), and each has epochs of its own:
+  a small one with a large weight comes around more often.
+
   Args:
-    dataset: one sequence per element, e.g. from `load_text`.
+    dataset: one sequence per element, e.g. from `load_text`; or a list of such datasets.
     batch_size: rows of the global batch.
     seed: of the shuffle, in [0, 2**32).
+    weights: shares of the datasets in a list, positive, in any unit.
     shuffle: False keeps the order of `dataset`.
     row_start: first row that this process reads.
     row_count: B, number of rows that it reads; default: all from `row_start`.
-    repeat: False stops after the last whole batch of one epoch.
+    repeat: False stops after the last whole batch of one epoch; of a mixture, of the epoch that
+      ends first.
 
   Returns:
     A `grain.DatasetIterator` of batches (a leading axis B on every array), read ahead by a thread.
@@ -133,14 +170,24 @@ def batches(
     from it exactly, also in another process or with other rows.
 
   Raises:
-    ValueError: `batch_size` exceeds the dataset, or rows lie outside the batch.
+    ValueError: `batch_size` exceeds the dataset, rows lie outside the batch, or `weights` do not
+      fit the datasets.
   """
-  row_count = _check_rows(dataset, batch_size, row_start, row_count)
+  several = isinstance(dataset, list | tuple)
+  if several != (weights is not None):
+    raise ValueError(
+      f"`weights` must be given for a list of datasets and only then, got {weights}."
+    )
+  datasets = list(dataset) if several else [dataset]
+  row_count = _check_rows(sum(map(len, datasets)), batch_size, row_start, row_count)
   if not 0 <= seed < 2**32:
     raise ValueError(f"`seed` must be in [0, 2**32), got {seed}.")
-  num_batches = _ENDLESS if repeat else len(dataset) // batch_size
-  stream = dataset.shuffle(seed) if shuffle else dataset
-  stream = stream.repeat() if repeat else stream
+  if shuffle:
+    datasets = [d.shuffle((seed + i) % 2**32) for i, d in enumerate(datasets)]
+  if repeat:
+    datasets = [d.repeat() for d in datasets]
+  stream = datasets[0] if weights is None else mix(datasets, weights)
+  num_batches = _ENDLESS if repeat else len(stream) // batch_size
   return iter(_rows(stream, num_batches, batch_size, row_start, row_count))
 
 
@@ -167,7 +214,7 @@ def eval_batches(
   Raises:
     ValueError: the dataset has fewer batches, or rows lie outside the batch.
   """
-  row_count = _check_rows(dataset, batch_size, row_start, row_count)
+  row_count = _check_rows(len(dataset), batch_size, row_start, row_count)
   available = len(dataset) // batch_size
   num_batches = available if num_batches is None else num_batches
   if not 1 <= num_batches <= available:
@@ -201,14 +248,12 @@ def check_token_ids(tokens: Any, vocab_size: int) -> None:
     )
 
 
-def _check_rows(
-  dataset: grain.MapDataset, batch_size: int, row_start: int, row_count: int | None
-) -> int:
+def _check_rows(num_sequences: int, batch_size: int, row_start: int, row_count: int | None) -> int:
   if batch_size < 1:
     raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-  if len(dataset) < batch_size:
+  if num_sequences < batch_size:
     raise ValueError(
-      f"`batch_size` must be at most the number of sequences {len(dataset)}, got {batch_size}:"
+      f"`batch_size` must be at most the number of sequences {num_sequences}, got {batch_size}:"
       " give more data, a smaller batch or shorter sequences."
     )
   row_count = batch_size - row_start if row_count is None else row_count

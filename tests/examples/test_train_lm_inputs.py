@@ -83,10 +83,6 @@ def test_unusable_data(fails, tiny_flags, tmp_path, content, message):
   assert content is None or path.read_bytes() == content
 
 
-def test_a_folder_is_no_data(fails, tiny_flags, tmp_path):
-  assert "is a directory" in fails(*tiny_flags, "--data", tmp_path)[1]
-
-
 def test_too_little_text_for_one_batch(fails, tiny_flags):
   code, line = fails(*tiny_flags, "--seq-len", "512", "--batch-size", "64")
   assert code == 1

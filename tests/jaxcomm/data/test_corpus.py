@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcomm.data import corpus
+from jaxcomm.data import corpus, documents
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_sympy_names_are_unique_and_sorted_bytewise(sympy_corpus):
 
 
 def test_sympy_splits_have_sane_sizes(sympy_corpus):
-  size = {s: sum(len(d.text) for d in sympy_corpus.split(s)) for s in corpus.SPLITS}
+  size = {s: sum(len(d.text) for d in sympy_corpus.split(s)) for s in documents.SPLITS}
   total = sum(size.values())
   assert 0.005 < size["validation"] / total < 0.08
   assert 0.005 < size["test"] / total < 0.08
@@ -46,7 +46,7 @@ def test_sympy_splits_have_sane_sizes(sympy_corpus):
 
 def test_sympy_test_files_share_the_split_of_their_module(sympy_corpus):
   split = {d.name: d.split for d in sympy_corpus.documents}
-  pairs = [(n, corpus.module_key(n)) for n in split if "/tests/" in n]
+  pairs = [(n, documents.module_key(n)) for n in split if "/tests/" in n]
   owned = [(test, module) for test, module in pairs if module in split]
   assert len(owned) > 300
   assert all(split[test] == split[module] for test, module in owned)
@@ -69,11 +69,11 @@ def test_sympy_held_out_texts_are_not_in_train(sympy_corpus):
   ],
 )
 def test_module_key(name, key):
-  assert corpus.module_key(name) == key
+  assert documents.module_key(name) == key
 
 
 def test_split_of_gives_two_two_ninety_six_percent():
-  splits = [corpus.split_of(f"file{i}") for i in range(5000)]
+  splits = [documents.split_of(f"file{i}") for i in range(5000)]
   assert 60 < splits.count("test") < 140
   assert 60 < splits.count("validation") < 140
 
@@ -136,10 +136,10 @@ def test_file_splits_are_disjoint_and_cover_the_text(tmp_path):
   got = corpus.load_corpus(write(tmp_path / "book.txt", text))
   assert "".join(d.text for d in got.documents) == text
   assert all(d.text.endswith(".\n\n") for d in got.documents)
-  share = {s: len(got.split(s)) / len(got.documents) for s in corpus.SPLITS}
+  share = {s: len(got.split(s)) / len(got.documents) for s in documents.SPLITS}
   assert share["train"] > 0.95
   assert min(share.values()) > 0.005
-  texts = [{d.text for d in got.split(s)} for s in corpus.SPLITS]
+  texts = [{d.text for d in got.split(s)} for s in documents.SPLITS]
   assert sum(map(len, texts)) == len(set.union(*texts))
 
 
@@ -147,13 +147,13 @@ def test_equal_blocks_land_in_one_split(tmp_path):
   block = "the same paragraph again " * 30 + "\n\n"
   text = "".join(block if i % 2 else block + f"{i}\n\n" for i in range(400))
   got = corpus.load_corpus(write(tmp_path / "a.txt", text))
-  texts = [{d.text for d in got.split(s)} for s in corpus.SPLITS]
+  texts = [{d.text for d in got.split(s)} for s in documents.SPLITS]
   assert sum(map(len, texts)) == len(set.union(*texts))
 
 
 def test_small_file_has_all_splits(tmp_path):
   got = corpus.load_corpus(write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(700))))
-  assert all(got.split(s) for s in corpus.SPLITS)
+  assert all(got.split(s) for s in documents.SPLITS)
 
 
 def test_splits_do_not_depend_on_the_folder(tmp_path):
@@ -197,10 +197,13 @@ def test_bad_file_content(tmp_path, content, message):
     corpus.load_corpus(write(tmp_path / "a.txt", content))
 
 
-def test_missing_file_and_directory(tmp_path):
+def test_missing_files(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"nowhere\.txt` does not exist"):
     corpus.load_corpus(tmp_path / "nowhere.txt")
-  with pytest.raises(IsADirectoryError, match="is a directory"):
+  with pytest.raises(FileNotFoundError, match=r"\*\.txt` matches no file"):
+    corpus.load_corpus(f"{tmp_path}/*.txt")
+  write(tmp_path / "notes.md", "not looked for in a folder")
+  with pytest.raises(FileNotFoundError, match=r"holds no file \.jsonl, \.ndjson, \.parquet, \.txt"):
     corpus.load_corpus(tmp_path)
 
 
