@@ -85,6 +85,7 @@ def test_small_presets_are_small():
   assert llama.num_params(llama.nano()) <= 150_000
 
 
+@pytest.mark.slow
 def test_init_statistics_and_dtypes():
   cfg = dataclasses.replace(llama.tiny(), num_layers=8)
   params = make_params(cfg)
@@ -100,6 +101,7 @@ def test_init_statistics_and_dtypes():
   assert np.abs(np.triu(np.corrcoef(normed), 1)).max() < 0.7  # no two leaves share draws
 
 
+@pytest.mark.slow
 def test_draws_of_a_layer_do_not_depend_on_depth():
   few, many = make_params(), make_params(dataclasses.replace(CFG, num_layers=5))
   np.testing.assert_array_equal(few["embed_VD"], many["embed_VD"])
@@ -112,6 +114,7 @@ def test_draws_of_a_layer_do_not_depend_on_depth():
   assert not np.array_equal(few["layers"]["q_DHC"], make_params(seed=1)["layers"]["q_DHC"])
 
 
+@pytest.mark.slow
 def test_param_dtype():
   params = make_params(dataclasses.replace(CFG, param_dtype="bfloat16"))
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
@@ -134,8 +137,8 @@ def test_scanned_and_unrolled_layers_agree():
   assert_trees_close(scanned, unrolled, 1e-6)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_changes_no_value(remat, scan):
   cfg = dataclasses.replace(CFG, scan_layers=scan)
   params, batch = make_params(), make_batch()
@@ -145,6 +148,7 @@ def test_remat_changes_no_value(remat, scan):
   assert_trees_close(recomputed[1], plain[1], 1e-6)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory():
   def temp_bytes(remat):
     cfg = dataclasses.replace(CFG, num_layers=8, remat=remat, scan_layers=True)
@@ -245,6 +249,7 @@ def test_learns_a_batch_with_donated_state():
   assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_replicas_stacked_by_vmap_equal_separate_ones():
   replicas = [make_params(seed=i) for i in range(2)]
   stacked = jax.tree.map(lambda *x: np.stack(x), *replicas)

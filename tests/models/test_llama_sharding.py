@@ -58,6 +58,7 @@ def assert_close(got, want):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, want)
 
 
+@pytest.mark.slow
 @TYPES
 def test_sharded_init_draws_the_same_numbers(axis_types):
   mesh = make_mesh(fsdp=8, axis_types=axis_types)
@@ -71,7 +72,9 @@ def test_sharded_init_draws_the_same_numbers(axis_types):
 
 
 @TYPES
-@pytest.mark.parametrize("context", [False, True], ids=["plain", "set_mesh"])
+@pytest.mark.parametrize(
+  "context", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "set_mesh"]
+)
 def test_fsdp_equals_one_device(axis_types, context):
   mesh = make_mesh(data=2, fsdp=4, axis_types=axis_types)
   params, batch, shardings = on_mesh(mesh)
