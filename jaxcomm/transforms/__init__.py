@@ -8,15 +8,18 @@ from jaxcomm.transforms._local_updates import (
 )
 from jaxcomm.transforms.compressed_mean import CompressedMeanState, compressed_mean
 from jaxcomm.transforms.diloco import diloco
+from jaxcomm.transforms.fedzip import FedZipState, fedzip
 from jaxcomm.transforms.local_sgd import local_sgd
 from jaxcomm.transforms.pmean_over import pmean_over
 
 __all__ = [
   "CompressedMeanState",
+  "FedZipState",
   "LocalUpdatesState",
   "apply_updates",
   "compressed_mean",
   "diloco",
+  "fedzip",
   "just_synced",
   "local_sgd",
   "outer_params",
