@@ -1,9 +1,9 @@
 """Data: text corpora, images and graphs; fetching, tokenizing, packing, exact resume."""
 
+from jaxcomm.data._fetch import fetch as fetch
 from jaxcomm.data.corpus import load_corpus as load_corpus
 from jaxcomm.data.documents import Corpus as Corpus
 from jaxcomm.data.documents import Document as Document
-from jaxcomm.data.fetch import fetch as fetch
 from jaxcomm.data.graph import Graph as Graph
 from jaxcomm.data.graph import load_graph as load_graph
 from jaxcomm.data.images import Images as Images

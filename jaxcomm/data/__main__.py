@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxcomm.data.fetch import SETS, fetch, read_source
+from jaxcomm.data._fetch import SETS, fetch, read_source
 
 
 def main(argv: Sequence[str] | None = None) -> int:

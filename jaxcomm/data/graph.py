@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxcomm.data._extract import WORDNET_FILES
+from jaxcomm.data._fetch import fetch, read_source
 from jaxcomm.data.documents import SPLITS
-from jaxcomm.data.fetch import fetch, read_source
 
 _DERIVATION = "+"  # pointer between words of different parts of speech
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcomm.data._extras import require
+from jaxcomm.data._fetch import fetch, read_source
 from jaxcomm.data.documents import check_split
-from jaxcomm.data.fetch import fetch, read_source
 
 if TYPE_CHECKING:
   import grain

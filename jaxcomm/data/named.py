@@ -6,9 +6,9 @@ import os
 import warnings
 from pathlib import Path
 
+from jaxcomm.data._fetch import fetch, read_source
 from jaxcomm.data._files import decode_text
 from jaxcomm.data.documents import Corpus, Document, module_key, split_of
-from jaxcomm.data.fetch import fetch, read_source
 
 _SYMPY_VERSION = "1.14.0"
 _SYMPY_SHA256 = "86f56d84a901c8636f9a7fae78d089e818cac93c3f5f7c1b8727e68d17d7f841"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcomm.data import batches, check_token_ids, eval_batches, load_text, pack, prepare_text
+from jaxcomm.data import batches, check_token_ids, eval_batches, load_text, mix, pack, prepare_text
 
 SEQ_LEN = 16
 
@@ -143,6 +143,95 @@ def test_uneven_rows_are_the_global_batch(data):
     for a, b in itertools.pairwise(sorted(cuts))
   ]
   assert_equal([{"x": np.concatenate([p["x"] for p in ps])} for ps in zip(*parts)], whole)
+
+
+# Mixtures of several sources.
+
+
+def parts_of(sizes):
+  """Datasets whose elements tell their part and their place in it."""
+
+  def part(p, n):
+    return grain.MapDataset.range(n).map(lambda i: {"part": np.int32(p), "x": np.int32(i)})
+
+  return [part(p, n) for p, n in enumerate(sizes)]
+
+
+def elements(batches_taken):
+  return [(int(p), int(x)) for b in batches_taken for p, x in zip(b["part"], b["x"])]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_a_mixture_keeps_shares_epochs_and_global_batches(data):
+  sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), "sizes")
+  weights = [data.draw(st.integers(1, 5), "weight") for _ in sizes]
+  batch_size = data.draw(st.sampled_from([n for n in (1, 2, 4) if n <= sum(sizes)]), "batch_size")
+  options = {"batch_size": batch_size, "seed": 7, "weights": weights}
+  steps = 40 // batch_size
+  whole = take(batches(parts_of(sizes), **options), steps)
+  taken = elements(whole)
+  for p, n in enumerate(sizes):
+    own = [x for q, x in taken if q == p]
+    assert abs(len(own) - len(taken) * weights[p] / sum(weights)) <= len(sizes)
+    for epoch in range(0, len(own), n):  # nothing lost or repeated in an epoch of a part
+      seen = own[epoch : epoch + n]
+      assert len(set(seen)) == len(seen)
+      assert len(seen) == n or epoch + n > len(own)
+  for num_processes in [n for n in (2, 4) if batch_size % n == 0]:
+    count = batch_size // num_processes
+    rows = [
+      take(batches(parts_of(sizes), **options, row_start=p * count, row_count=count), steps)
+      for p in range(num_processes)
+    ]
+    joined = [{k: np.concatenate([b[k] for b in bs]) for k in bs[0]} for bs in zip(*rows)]
+    assert_equal(joined, whole)
+
+
+@pytest.mark.parametrize("done", [0, 3, 50])
+def test_a_mixture_resumes_exactly(done):
+  def start():
+    return batches(parts_of((5, 11)), batch_size=4, seed=2, weights=[0.7, 0.3])
+
+  it = start()
+  take(it, done)
+  state = json.loads(json.dumps(it.get_state()))
+  want = take(it, 9)
+  fresh = start()
+  fresh.set_state(state)
+  assert_equal(take(fresh, 9), want)
+
+
+def test_parts_of_a_mixture_have_orders_of_their_own():
+  taken = elements(take(batches(parts_of((9, 9)), batch_size=18, seed=0, weights=[1, 1]), 1))
+  first, second = ([x for q, x in taken if q == p] for p in (0, 1))
+  assert sorted(first) == sorted(second) == list(range(9))
+  assert first != second
+
+
+def test_a_mixture_of_one_is_that_one():
+  one = batches(numbers(10), batch_size=5, seed=3)
+  assert_equal(take(batches([numbers(10)], batch_size=5, seed=3, weights=[9]), 4), take(one, 4))
+
+
+def test_mix_ends_with_the_first_part_that_does():
+  got = [(int(e["part"]), int(e["x"])) for e in mix(parts_of((4, 100)), [0.5, 1.5])]
+  assert [x for p, x in got if p == 0] == list(range(4))
+  assert [x for p, x in got if p == 1] == list(range(12))
+  rest = batches(parts_of((4, 100)), batch_size=5, seed=0, weights=[1, 3], repeat=False)
+  assert len(list(rest)) == 3
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
+def test_bad_weights(weights):
+  with pytest.raises(ValueError, match="`weights` must be a positive finite number for each of 2"):
+    batches(parts_of((4, 4)), batch_size=2, seed=0, weights=weights)
+
+
+def test_weights_without_several_datasets():
+  for dataset, weights in ((numbers(9), [1]), ([numbers(9)], None)):
+    with pytest.raises(ValueError, match="`weights` must be given for a list of datasets"):
+      batches(dataset, batch_size=2, seed=0, weights=weights)
 
 
 def test_without_repeat_only_whole_batches_of_one_epoch():

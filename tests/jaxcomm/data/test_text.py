@@ -12,7 +12,14 @@ import warnings
 import numpy as np
 import pytest
 
-from jaxcomm.data import load_corpus, load_tokenizer, prepare_text
+from jaxcomm.data import (
+  load_corpus,
+  load_tokenizer,
+  prepare_mixture,
+  prepare_text,
+  provenance,
+  train_tokenizer,
+)
 from jaxcomm.data import text as text_module
 
 SPLITS = ("train", "validation", "test")
@@ -180,6 +187,84 @@ def test_bad_vocab_size_is_refused_before_reading(tmp_path, vocab_size):
 def test_unknown_split(prepared):
   with pytest.raises(ValueError, match="`split` must be one of"):
     prepared.tokens("dev")
+
+
+@pytest.fixture
+def own_tokenizer(tmp_path):
+  """A byte-level tokenizer of 280 entries, and another end-of-text token."""
+  tokenizer = train_tokenizer(["one squared is one, and so on"] * 9, 279)
+  tokenizer.add_special_tokens(["</s>"])
+  (tmp_path / "own").mkdir()
+  tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
+  (tmp_path / "own" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+  return tmp_path / "own" / "tokenizer.json"
+
+
+def test_a_tokenizer_of_ones_own(source, own_tokenizer, tmp_path):
+  size = load_tokenizer(own_tokenizer).get_vocab_size()
+  got = prepare_text(source, tokenizer=own_tokenizer, cache_dir=tmp_path / "cache")
+  assert (got.vocab_size, got.eot_id) == (size, size - 1)
+  assert got.tokenizer_path.read_bytes() == own_tokenizer.read_bytes()
+  assert got.meta["tokenizer"]["trained_on"] is None
+  for split in SPLITS:
+    check_against_documents(got, source, split)
+  again = prepare_text(source, tokenizer=own_tokenizer, vocab_size=size, cache_dir=tmp_path)
+  assert again.meta == got.meta
+  with pytest.raises(ValueError, match=rf"`vocab_size` must be at least the {size} token ids of"):
+    prepare_text("nowhere", tokenizer=own_tokenizer, vocab_size=size - 1)
+
+
+def test_another_end_of_text_is_another_entry(source, own_tokenizer, tmp_path):
+  first = prepare_text(source, tokenizer=own_tokenizer, cache_dir=tmp_path)
+  own_tokenizer.with_name("tokenizer_config.json").unlink()
+  second = prepare_text(source, tokenizer=own_tokenizer, cache_dir=tmp_path)
+  assert (second.eot_id, second.directory == first.directory) == (0, False)
+
+
+@pytest.fixture
+def second_source(source, tmp_path):
+  """Rows of other text, and one that `source` holds out."""
+  path = tmp_path / "cubes.jsonl"
+  held_out = load_corpus(source).split("test")[0].text
+  texts = [held_out, *(f"{i} cubed is {i**3}" for i in range(300))]
+  path.write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
+  return path
+
+
+def test_a_mixture_shares_tokenizer_and_held_out_texts(source, second_source, tmp_path):
+  options = {"vocab_size": 300, "text_field": "body", "cache_dir": tmp_path}
+  parts = prepare_mixture([source, second_source], **options)
+  assert [p.meta["source"] for p in parts] == ["squares.txt", "cubes.jsonl"]
+  assert len({p.tokenizer_path.read_bytes() for p in parts}) == 1
+  assert len({(p.vocab_size, p.eot_id) for p in parts}) == 1
+  tokenizer = load_tokenizer(parts[0].tokenizer_path)
+  first = {s: tokenizer.decode(parts[0].tokens(s), skip_special_tokens=False) for s in SPLITS}
+  second = {s: tokenizer.decode(parts[1].tokens(s), skip_special_tokens=False) for s in SPLITS}
+  assert "squared" in first["test"]
+  assert "squared" in second["test"]
+  assert "squared" not in second["train"]
+  assert prepare_mixture([source, second_source], **options) == parts  # from the cache
+  data = provenance(parts)
+  assert data["name"] == "squares.txt+cubes.jsonl"
+  assert data["sha256"] == "+".join(p.meta["text_sha256"] for p in parts)
+
+
+def test_what_a_mixture_refuses(source, tmp_path):
+  for sources, message in (([], "at least one source"), (str(source), "must be a list")):
+    with pytest.raises(ValueError, match=message):
+      prepare_mixture(sources)
+  with pytest.raises(ValueError, match=r"must not name a source twice, got .*squares\.txt"):
+    prepare_mixture([source, source], cache_dir=tmp_path)
+
+
+def test_provenance_of_the_default(tmp_path, prepared):
+  assert provenance([prepared]) == {
+    "name": "squares.txt",
+    "version": "",
+    "licence": "unknown",
+    "sha256": prepared.meta["text_sha256"],
+    "tokens_sha256": prepared.meta["files"]["train.tokens.npy"]["sha256"],
+  }
 
 
 @pytest.mark.slow
