@@ -1,5 +1,8 @@
-"""The Python in README.md and docs/ runs, page by page; relative links point at files."""
+"""The Python in README.md and docs/ runs and prints what pages say; links lead somewhere."""
 
+import contextlib
+import doctest
+import io
 import pathlib
 import re
 
@@ -9,24 +12,58 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [pytest.param(file, id=str(file.relative_to(ROOT))) for file in FILES]
+SLOW = ("docs/tutorial.md",)
+PYTHON_PAGES = [
+  pytest.param(*page.values, id=page.id, marks=[pytest.mark.slow] * (page.id in SLOW))
+  for page in PAGES
+  if "```python" in page.values[0].read_text()
+]
 
 
-def _python_of(page: pathlib.Path) -> str:
-  """All Python blocks of a page as one program, on the lines where they stand in the page."""
-  lines, inside = [], False
-  for line in page.read_text().splitlines():
-    fence = line.startswith("```")
-    lines.append(line if inside and not fence else "")
-    if fence:
-      inside = line == "```python"
-  return "\n".join(lines)
+def cells(text):
+  """(code, output) of each Python block, code on the lines where it stands in the page.
+
+  The output is that of an `output` block right after it, or None.
+  """
+  found = []
+  for fence in re.finditer(r"^```(python|output)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+    if fence[1] == "python":
+      found.append(("\n" * text.count("\n", 0, fence.start(2)) + fence[2], None))
+    else:
+      found[-1] = (found[-1][0], fence[2])
+  return found
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.values[0].read_text()])
+def check_cells(page, text):
+  """Runs all cells of a page in one namespace; AssertionError at an output that differs."""
+  namespace = {"__name__": page}
+  for code, want in cells(text):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+      exec(compile(code, page, "exec"), namespace)
+    got = printed.getvalue()
+    same = doctest.OutputChecker().check_output(want or "", got, doctest.ELLIPSIS)
+    assert want is None or same, f"{page} printed\n{got}in place of\n{want}"
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_python_runs(page, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  assert cells(page.read_text()), "no cell was found"
   with jax.numpy_rank_promotion("allow"):  # as in a reader's program
-    exec(compile(_python_of(page), page, "exec"), {"__name__": page.stem})
+    check_cells(str(page.relative_to(ROOT)), page.read_text())
+
+
+def test_what_a_page_claims_is_checked():
+  good = "text\n```python\nx = 1\n```\n\n```python\nprint(x)\n```\n\n```output\n1\n```\n"
+  check_cells("page", good)
+  with pytest.raises(AssertionError, match=r"page printed\s+1\s+in place of\s+2"):
+    check_cells("page", good.replace("\n1\n", "\n2\n"))
+  with pytest.raises(AssertionError):
+    check_cells("page", good.replace("print(x)", "assert x == 2"))
+  with pytest.raises(NameError) as e:
+    check_cells("page", good.replace("print(x)", "print(y)"))
+  assert e.traceback[-1].lineno + 1 == 7  # of the page
 
 
 @pytest.mark.parametrize("page", PAGES)
