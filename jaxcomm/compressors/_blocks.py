@@ -1,10 +1,9 @@
-"""Blocks, block scales, rounding and nibble packing: shared by all block-scaled compressors.
+"""Blocks, block scales and rounding: shared by all block-scaled compressors.
 
 Letters: K blocks, B elements per block. A block is a row of consecutive elements of the flattened
 array. The last block is padded with zeros for the computation only: no padding is ever sent.
 """
 
-import math
 from typing import Literal
 
 import jax
@@ -15,28 +14,22 @@ Rounding = Literal["nearest", "stochastic"]
 
 # XLA flushes numbers below the smallest normal float32 to zero on some back ends and keeps them on
 # others, so a smaller scale counts as zero everywhere.
-_TINY = float(np.finfo(np.float32).tiny)
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def check_fields(block_size: int, rounding: str, *, packed: bool) -> None:
   """Raises ValueError for a bad `block_size` or `rounding`; `packed` means two codes per byte."""
-  if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 8:
-    raise ValueError(f"`block_size` must be an integer of at least 8, got {block_size!r}.")
+  check_block_size(block_size)
   if packed and block_size % 2:
     raise ValueError(f"`block_size` must be even for 4-bit codes, got {block_size}.")
   if rounding not in ("nearest", "stochastic"):
     raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {rounding!r}.")
 
 
-def uniform(key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-  """Noise in [0, 1) for stochastic rounding. Raises ValueError when there is no key."""
-  if key is None:
-    raise ValueError("`key` must be a jax.random key for stochastic rounding, got None.")
-  return jax.random.uniform(key, shape)
-
-
-def num_elements(shape: tuple[int, ...]) -> int:
-  return math.prod(shape)
+def check_block_size(block_size: int, name: str = "block_size") -> None:
+  """Raises ValueError unless `block_size` is an integer of at least 8."""
+  if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 8:
+    raise ValueError(f"`{name}` must be an integer of at least 8, got {block_size!r}.")
 
 
 def num_blocks(size: int, block_size: int) -> int:
@@ -55,14 +48,8 @@ def from_blocks(x_KB: jax.Array, size: int) -> jax.Array:
   return x_KB.reshape(-1)[:size]
 
 
-def block_absmax(x_KB: jax.Array) -> jax.Array:
-  """Largest magnitude of each block, [K, 1]; NaN for a block that holds NaN or Inf."""
-  m_K1 = jnp.max(jnp.abs(x_KB), axis=1, keepdims=True, initial=0.0)
-  return jnp.where(jnp.isfinite(m_K1), m_K1, jnp.nan)
-
-
-def integer_scale(absmax: jax.Array, qmax: int) -> jax.Array:
-  """The smallest float32 of 17 significant bits whose product with `qmax` reaches `absmax`.
+def integer_scale(top: jax.Array, qmax: int) -> jax.Array:
+  """The smallest float32 of 17 significant bits whose product with `qmax` <= 127 reaches `top`.
 
   The product of such a scale with an integer of up to 7 bits is exact in float32. Decoded values
   then do not depend on whether the compiler fuses multiply and add, nor the scale on how it
@@ -70,20 +57,49 @@ def integer_scale(absmax: jax.Array, qmax: int) -> jax.Array:
   NaN stays NaN; a scale below the smallest normal float32 becomes 0.
   """
   step = 1 << 7  # 24 - 17 bits
-  bits = jax.lax.bitcast_convert_type(absmax / qmax, jnp.uint32) & ~np.uint32(step - 1)
+  bits = jax.lax.bitcast_convert_type(top / qmax, jnp.uint32) & ~np.uint32(step - 1)
   scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
   for _ in range(2):  # once for the cut, once more if the quotient was rounded down
-    bits = jnp.where(scale * qmax < absmax, bits + step, bits)
+    bits = jnp.where(scale * qmax < top, bits + step, bits)
     scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  return jnp.where(scale < _TINY, 0.0, scale)
+  return jnp.where(scale < TINY, 0.0, scale)
 
 
-def pack_nibbles(codes: jax.Array) -> jax.Array:
-  """uint8[d] with values below 16 -> uint8[ceil(d / 2)]; two per byte, low nibble first."""
-  pairs = jnp.pad(codes, (0, codes.size % 2)).reshape(-1, 2)
-  return pairs[:, 0] | (pairs[:, 1] << 4)
+def nearest_multiples(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+  """int8 codes c with c * scale nearest to x, half to even; 0 where the scale is zero or NaN."""
+  usable_K1, inverse_K1 = _inverse(scale_K1)
+  return jnp.round(jnp.where(usable_K1, x_KB * inverse_K1, 0.0)).astype(jnp.int8)
 
 
-def unpack_nibbles(packed: jax.Array, size: int) -> jax.Array:
-  """The inverse of `pack_nibbles`: uint8[size]."""
-  return jnp.stack([packed & 0xF, packed >> 4], axis=1).reshape(-1)[:size]
+def stochastic_multiples(key: jax.Array, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+  """int8 codes c of a neighbour c * scale of x, with mean x; 0 where the scale is zero or NaN."""
+  usable_K1, inverse_K1 = _inverse(scale_K1)
+  low_KB = _floor_multiple(x_KB, scale_K1, usable_K1, inverse_K1)
+  fraction_KB = (x_KB - low_KB * scale_K1) * inverse_K1
+  up_KB = jax.random.uniform(key, x_KB.shape) < fraction_KB
+  return jnp.where(usable_K1, low_KB + up_KB.astype(jnp.float32), 0.0).astype(jnp.int8)
+
+
+def multiples_variance(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+  """E||c scale - x||^2 of `stochastic_multiples`: the sum of s^2 f (1 - f), float32[]."""
+  usable_K1, inverse_K1 = _inverse(scale_K1)
+  below_KB = x_KB - _floor_multiple(x_KB, scale_K1, usable_K1, inverse_K1) * scale_K1
+  variance_KB = jnp.where(usable_K1, below_KB * (scale_K1 - below_KB), jnp.square(x_KB))
+  return jnp.sum(jnp.where(jnp.isnan(scale_K1), jnp.nan, variance_KB))
+
+
+def _inverse(scale_K1: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(whether the scale is a positive number, 1 / scale or else 1).
+
+  One reciprocal per block, which is what XLA makes of x / scale in some programs and not in others.
+  """
+  usable_K1 = scale_K1 > 0  # False for NaN
+  return usable_K1, 1 / jnp.where(usable_K1, scale_K1, 1.0)
+
+
+def _floor_multiple(x_KB, scale_K1, usable_K1, inverse_K1) -> jax.Array:
+  """The exact floor of x / scale: multiples of the scale are exact, the ratio is not."""
+  low_KB = jnp.floor(jnp.where(usable_K1, x_KB * inverse_K1, 0.0))
+  low_KB += ((low_KB + 1) * scale_K1 <= x_KB).astype(jnp.float32)
+  low_KB -= (low_KB * scale_K1 > x_KB).astype(jnp.float32)
+  return low_KB

@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomm.compressors import _blocks
-from jaxcomm.compressors._base import Payload, check_float
+from jaxcomm.compressors import _blocks, _norms, _packing
+from jaxcomm.compressors._base import Compressor, Key, Payload
 
 # Magnitudes relative to the scale; a code's low three bits are the index into this list.
 LEVELS = (0.0, *(2.0**e for e in range(-6, 1)))
@@ -19,7 +18,7 @@ _SMALLEST_SCALE = 2.0**-119
 
 
 @dataclasses.dataclass(frozen=True)
-class E3M0:
+class E3M0(Compressor):
   r"""Signed powers of two times one float32 scale s = max |x| per block.
 
   Codes stand for sign x {0, 2^-6, 2^-5, ..., 2^0} * s. "nearest" rounds to the nearest magnitude
@@ -53,75 +52,87 @@ class E3M0:
     _blocks.check_fields(self.block_size, self.rounding, packed=True)
 
   @property
-  def omega(self) -> float | None:
-    """Of stochastic rounding, the exact supremum over blocks; None for nearest.
+  def unbiased(self) -> bool:
+    return self.rounding == "stochastic"
+
+  @property
+  def needs_key(self) -> bool:
+    return self.rounding == "stochastic"
+
+  def _omega(self, size: float) -> float:
+    """Of stochastic rounding, the exact supremum over blocks.
 
     One element sits at s without error. Each of the other n is best placed either between 0 and
     2^-6 (variance x (2^-6 - x)) or between 1/2 and 1 (variance (x - 1/2) (1 - x)); in units of s.
     """
     if self.rounding == "nearest":
-      return None
-    n = self.block_size - 1
+      return math.inf
+    n = min(self.block_size, max(size, 1)) - 1
     low = (math.sqrt(1 + n * 2.0**-12) - 1) / 2
     high = (math.sqrt((1 + n / 2) ** 2 + n / 4) - (1 + n / 2)) / 2
     return max(low, high)
 
-  @property
-  def alpha(self) -> float | None:
+  def _alpha(self, size: float) -> float:
     """1 - (largest relative squared error of a block).
 
     For nearest, one element sits at s without error and the other n either at 3/4 s (error
     1/4 s) or at 2^-7 s (error 2^-7 s); for stochastic, 1 - omega if positive.
     """
-    if self.omega is not None:
-      return 1 - self.omega if self.omega < 1 else None
-    n = self.block_size - 1
+    if self.rounding == "stochastic":
+      return super()._alpha(size)
+    n = min(self.block_size, max(size, 1)) - 1
     return 1 - max(n / (16 + 9 * n), n / (2**14 + n))
 
-  def compress(self, key: jax.Array | None, x: jax.Array) -> Payload:
-    """Codes and scales of `x`, any shape and float dtype; see the class."""
-    check_float(x)
-    x_KB = _blocks.to_blocks(x.astype(jnp.float32), self.block_size)
-    absmax_K1 = _blocks.block_absmax(x_KB)
-    scale_K1 = jnp.where(absmax_K1 < _SMALLEST_SCALE, 0.0, absmax_K1)
+  def _encode(self, key: Key, x_D: jax.Array) -> Payload:
+    x_KB, scale_K1 = self._scaled(x_D)
     index_KB = self._round(key, jnp.abs(x_KB), scale_K1)
     negative_KB = (x_KB < 0) & (index_KB > 0)  # one code for zero
     codes_KB = index_KB | (negative_KB.astype(jnp.uint8) << 3)
-    codes = _blocks.pack_nibbles(_blocks.from_blocks(codes_KB, x.size))
-    scales = scale_K1.reshape(-1)[: _blocks.num_blocks(x.size, self.block_size)]
-    return {"codes": codes, "scales": scales}
+    codes = _packing.pack(_blocks.from_blocks(codes_KB, x_D.size), 4)
+    return {"codes": codes, "scales": scale_K1[:, 0]}
 
-  def _round(self, key: jax.Array | None, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+  def _scaled(self, x_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_KB = _blocks.to_blocks(x_D, self.block_size)
+    absmax_K1 = _norms.absmax(x_KB)
+    return x_KB, jnp.where(absmax_K1 < _SMALLEST_SCALE, 0.0, absmax_K1)
+
+  def _round(self, key: Key, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
     """Index into LEVELS of the magnitudes x; 0 in blocks whose scale is zero or NaN."""
     scale_K1 = jnp.where(scale_K1 > 0, scale_K1, jnp.nan)  # no comparison with NaN is true
     if self.rounding == "nearest":
       middles = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
       return _count_reached(x_KB, scale_K1, middles)
-    index_KB = _count_reached(x_KB, scale_K1, LEVELS[1:])
-    low_KB = _level(index_KB) * scale_K1
-    gap_KB = _level(jnp.minimum(index_KB + 1, 7)) * scale_K1 - low_KB
+    index_KB, low_KB, gap_KB = _neighbours(x_KB, scale_K1)
     # At the top level the gap is zero, and 0 < 0 keeps it there.
-    up_KB = _blocks.uniform(key, x_KB.shape) * gap_KB < x_KB - low_KB
+    up_KB = jax.random.uniform(key, x_KB.shape) * gap_KB < x_KB - low_KB
     return index_KB + up_KB.astype(jnp.uint8)
 
-  def decompress(
-    self, payload: Payload, shape: tuple[int, ...], dtype: Any = jnp.float32
-  ) -> jax.Array:
-    """The array of `shape` and `dtype` that the payload stands for."""
-    size = _blocks.num_elements(shape)
-    if size == 0:
-      return jnp.zeros(shape, dtype)
-    codes = _blocks.unpack_nibbles(payload["codes"], size)
-    codes_KB = _blocks.to_blocks(codes, self.block_size)
+  def _decode(self, payload: Payload, size: int, key: Key) -> jax.Array:
+    del key
+    codes_KB = _blocks.to_blocks(_packing.unpack(payload["codes"], size, 4), self.block_size)
     magnitude_KB = _level(codes_KB & 7) * payload["scales"][:, None]
-    x_KB = jnp.where(codes_KB >= 8, -magnitude_KB, magnitude_KB)
-    return _blocks.from_blocks(x_KB, size).reshape(shape).astype(dtype)
+    return _blocks.from_blocks(jnp.where(codes_KB >= 8, -magnitude_KB, magnitude_KB), size)
 
-  def payload_bytes(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> int:
-    """ceil(d / 2) + 4 * ceil(d / block_size), whatever the dtype."""
-    del dtype
-    size = _blocks.num_elements(shape)
+  def _num_bytes(self, size: int) -> int:
+    """ceil(d / 2) + 4 * ceil(d / block_size)."""
     return -(-size // 2) + 4 * _blocks.num_blocks(size, self.block_size)
+
+  def _variance(self, x_D: jax.Array) -> jax.Array:
+    """The sum of (x - low) (high - x), with x between two levels."""
+    if self.rounding == "nearest":
+      return super()._variance(x_D)
+    x_KB, scale_K1 = self._scaled(x_D)
+    _, low_KB, gap_KB = _neighbours(jnp.abs(x_KB), scale_K1)
+    below_KB = jnp.abs(x_KB) - low_KB
+    lost_KB = jnp.where(scale_K1 == 0, jnp.square(x_KB), below_KB * (gap_KB - below_KB))
+    return jnp.sum(lost_KB)
+
+
+def _neighbours(x_KB: jax.Array, scale_K1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(index of the level at or below x, this level, the gap to the next), the last two times s."""
+  index_KB = _count_reached(x_KB, scale_K1, LEVELS[1:])
+  low_KB = _level(index_KB) * scale_K1
+  return index_KB, low_KB, _level(jnp.minimum(index_KB + 1, 7)) * scale_K1 - low_KB
 
 
 def _count_reached(x_KB: jax.Array, scale_K1: jax.Array, thresholds) -> jax.Array:

@@ -1,17 +1,14 @@
 """No compression: float32 on the wire."""
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxcomm.compressors._base import Payload, check_float
+from jaxcomm.compressors._base import Compressor, Key, Payload
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(Compressor):
   """Sends `x` in float32: the baseline, and the check that a method is right without rounding.
 
   Payload for d elements: `values` float32[d], 4 d bytes. `key` is not used.
@@ -21,29 +18,23 @@ class Identity:
   """
 
   @property
-  def omega(self) -> float | None:
+  def unbiased(self) -> bool:
+    return True
+
+  def _omega(self, size: float) -> float:
+    del size
     return 0.0
 
-  @property
-  def alpha(self) -> float | None:
-    return 1.0
-
-  def compress(self, key: jax.Array | None, x: jax.Array) -> Payload:
-    """`x` flat in float32."""
+  def _encode(self, key: Key, x_D: jax.Array) -> Payload:
     del key
-    check_float(x)
-    return {"values": x.reshape(-1).astype(jnp.float32)}
+    return {"values": x_D}
 
-  def decompress(
-    self, payload: Payload, shape: tuple[int, ...], dtype: Any = jnp.float32
-  ) -> jax.Array:
-    """The array of `shape` and `dtype` that the payload stands for."""
-    return payload["values"].reshape(shape).astype(dtype)
+  def _decode(self, payload: Payload, size: int, key: Key) -> jax.Array:
+    del size, key
+    return payload["values"]
 
-  def payload_bytes(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> int:
-    """4 d, whatever the dtype."""
-    del dtype
-    return 4 * math.prod(shape)
+  def _num_bytes(self, size: int) -> int:
+    return 4 * size
 
 
 def identity() -> Identity:

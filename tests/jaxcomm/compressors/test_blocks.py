@@ -1,4 +1,4 @@
-"""Nibble packing, block layout and the choice of integer scales."""
+"""Block layout, the choice of integer scales, and norms of blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcomm.compressors import _blocks
-
-
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 255])
-def test_unpack_inverts_pack(size):
-  codes = np.random.default_rng(size).integers(0, 16, size).astype(np.uint8)
-  packed = _blocks.pack_nibbles(jnp.asarray(codes))
-  assert packed.dtype == jnp.uint8
-  assert packed.shape == (-(-size // 2),)
-  np.testing.assert_array_equal(_blocks.unpack_nibbles(packed, size), codes)
-
-
-def test_low_nibble_comes_first():
-  assert _blocks.pack_nibbles(jnp.asarray([1, 2, 3], jnp.uint8)).tolist() == [0x21, 0x03]
+from jaxcomm.compressors import _blocks, _norms
 
 
 @pytest.mark.parametrize(("size", "rows", "width"), [(0, 0, 1), (3, 1, 3), (8, 1, 8), (17, 3, 8)])
@@ -63,11 +50,38 @@ def test_integer_scale_below_the_normal_range_is_zero_and_nan_stays():
   assert np.isnan(scale[3])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 5, 15])
-def test_absmax_of_a_block_with_a_bad_element_is_nan(bad, place):
-  x_KB = np.ones((2, 16), np.float32)
-  x_KB[1, place] = bad
-  absmax_K1 = np.asarray(jax.jit(_blocks.block_absmax)(x_KB))
-  assert absmax_K1[0, 0] == 1
-  assert np.isnan(absmax_K1[1, 0])
+NORMS = {
+  _norms.absmax: lambda x: np.abs(x).max(1),
+  _norms.mean_abs: lambda x: np.abs(x).mean(1),
+  _norms.l2_norm: lambda x: np.sqrt(np.square(x).sum(1)),
+  _norms.rms: lambda x: np.sqrt(np.square(x).mean(1)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.__name__)
+def test_norms_over_the_whole_range_of_float32(norm):
+  x_KB = np.random.default_rng(0).normal(size=(6, 37)).astype(np.float32)
+  x_KB[4, 5] = 1e6
+  x_KB[5] = 0
+  compiled = jax.jit(norm)
+  for factor in (2.0**-100, 1e-30, 1.0, 1e30, 2.0**104):
+    scaled_KB = x_KB * np.float32(factor)
+    want = NORMS[norm](scaled_KB.astype(np.float64))
+    np.testing.assert_allclose(compiled(scaled_KB)[:, 0], want, rtol=3e-7)
+  for bad in (np.nan, np.inf, -np.inf):
+    x_KB[2, 36] = bad
+    np.testing.assert_array_equal(np.isnan(compiled(x_KB)[:, 0]), np.arange(6) == 2)
+
+
+@pytest.mark.parametrize("norm", [_norms.mean_abs, _norms.l2_norm])
+def test_norms_have_the_same_bits_in_every_program(norm):
+  x_KB = np.random.default_rng(0).normal(size=(300, 37)).astype(np.float32)
+  want = np.asarray(jax.jit(norm)(x_KB))
+
+  @jax.jit
+  def by_row(x_KB):
+    rows = jax.vmap(lambda row: norm(row[None])[0])(x_KB)
+    return rows, jax.lax.scan(lambda c, row: (c, norm(row[None])[0]), 0, x_KB)[1]
+
+  for got in by_row(x_KB):
+    np.testing.assert_array_equal(got, want)
