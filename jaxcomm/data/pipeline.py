@@ -120,7 +120,7 @@ def mix(datasets: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain
     >>> import grain
     >>> a, b = grain.MapDataset.range(0, 9), grain.MapDataset.range(100, 109)
     >>> list(mix([a, b], [2, 1]))[:6]
-    [0, 100, 1, 2, 101, 3]
+    [0, 1, 100, 2, 3, 101]
   """
   if len(weights) != len(datasets) or not all(0 < w < math.inf for w in weights):
     raise ValueError(
@@ -133,7 +133,7 @@ def mix(datasets: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain
 
 
 def batches(
-  dataset: grain.MapDataset | Sequence[grain.MapDataset],
+  dataset: grain.MapDataset | list[grain.MapDataset],
   *,
   batch_size: int,
   seed: int,
@@ -173,12 +173,9 @@ def batches(
     ValueError: `batch_size` exceeds the dataset, rows lie outside the batch, or `weights` do not
       fit the datasets.
   """
-  several = isinstance(dataset, list | tuple)
-  if several != (weights is not None):
-    raise ValueError(
-      f"`weights` must be given for a list of datasets and only then, got {weights}."
-    )
-  datasets = list(dataset) if several else [dataset]
+  datasets = dataset if isinstance(dataset, list) else [dataset]
+  if isinstance(dataset, list) != (weights is not None):
+    raise ValueError(f"`weights` must be given for a list of datasets, only then, got {weights}.")
   row_count = _check_rows(sum(map(len, datasets)), batch_size, row_start, row_count)
   if not 0 <= seed < 2**32:
     raise ValueError(f"`seed` must be in [0, 2**32), got {seed}.")
