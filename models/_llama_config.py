@@ -31,6 +31,7 @@ class LlamaConfig:
   max_seq_len: int = 8192  # longest sequence `apply` takes, tokens
   dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products and activations
   param_dtype: Literal["bfloat16", "float32"] = "float32"
+  attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cuDNN where it applies
   remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
   scan_layers: bool = True  # False: unrolled, slower to compile
 
@@ -62,6 +63,7 @@ class LlamaConfig:
 
 
 _OPTIONS = {
+  "attention": ("auto", "xla", "cudnn"),
   "dtype": ("bfloat16", "float32"),
   "param_dtype": ("bfloat16", "float32"),
   "remat": ("none", "full", "dots"),

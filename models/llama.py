@@ -11,6 +11,7 @@ axis L, which names leave out: `params["layers"]["q_DHC"]` is float32[L, D, H, C
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
+Partition = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Leaf(NamedTuple):
@@ -151,6 +153,7 @@ def apply(
   *,
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  partition: Partition | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Next-token logits.
 
@@ -160,12 +163,16 @@ def apply(
     cfg: the config of `params`.
     positions: int32[B, S] for RoPE, default 0..S-1. With packing they restart per document.
     segment_ids: int32[B, S]; tokens attend only within their own segment. Default one segment.
+    partition: makes `f(weights, *args)` a function of shards, for the embedding, each layer and the
+      output: `functools.partial(parallel.partitioned, plan=plan)`. `params` are then shards, those
+      of layers stacked, and the partition decides what the backward pass computes again.
 
   Returns:
     (float32[B, S, V] logits, aux), aux an empty dict in a dense model.
 
   Raises:
-    ValueError: an argument has the wrong shape or dtype, or S exceeds `cfg.max_seq_len`.
+    ValueError: an argument has the wrong shape or dtype, S exceeds `cfg.max_seq_len`, or
+      `cfg.remat` is not "none" with a `partition`.
 
   Example:
     >>> cfg = nano()
@@ -174,35 +181,48 @@ def apply(
     (2, 8, 512)
   """
   _check_inputs(tokens_BS, cfg, positions, segment_ids)
+  if partition is not None and cfg.remat != "none":
+    raise ValueError(f"`cfg.remat` must be 'none' with a `partition`, got {cfg.remat!r}.")
   batch_axes = tuple(jax.typeof(tokens_BS).sharding.spec)[:1]
-  forward = functools.partial(_forward, cfg=cfg)
+  forward = functools.partial(_forward, cfg=cfg, partition=partition or (lambda fn: fn))
   logits_BSV = call_with_auto_axes(
     forward, params, tokens_BS, positions, segment_ids, out_spec=jax.P(*batch_axes)
   )
   return logits_BSV, {}
 
 
-def _forward(params, tokens_BS, positions, segment_ids, cfg: LlamaConfig):
+def _forward(params, tokens_BS, positions, segment_ids, cfg: LlamaConfig, partition: Partition):
   seq_len = tokens_BS.shape[1]
   if positions is None:
     positions = jnp.arange(seq_len)[None]
   inv_A = rope.frequencies(cfg.head_size, cfg.rope_theta, cfg.rope_scaling)
   cos_sin = rope.angles(positions, inv_A)
-  mask = _attention.causal_mask(seq_len, segment_ids)
+  packed = segment_ids is not None
+  kernel = _attention.choose(cfg.attention, cfg.dtype, cfg.head_size, packed=packed)
+  mask = None if kernel == "cudnn" else _attention.causal_mask(seq_len, segment_ids)
+
+  embed, run_layer, output = (
+    partition(functools.partial(fn, cfg=cfg)) for fn in (_embed, _layer, _logits)
+  )
 
   def body(x_BSD, layer):
-    return shard_batch(_layer(x_BSD, layer, cos_sin, mask, cfg)), None
+    return shard_batch(run_layer(layer, x_BSD, cos_sin, mask)), None
 
   if cfg.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICY[cfg.remat], prevent_cse=False)
-  x_BSD = gather_fsdp(params["embed_VD"].astype(cfg.dtype), 1)[tokens_BS]
+  x_BSD = embed({"embed_VD": params["embed_VD"]}, tokens_BS)
   x_BSD = shard_batch(_vary_like(x_BSD, (params, cos_sin, mask)))
   if cfg.scan_layers:
     x_BSD, _ = jax.lax.scan(body, x_BSD, params["layers"])
   else:
     for i in range(cfg.num_layers):
       x_BSD, _ = body(x_BSD, jax.tree.map(lambda p, i=i: p[i], params["layers"]))
-  return _logits(x_BSD, params, cfg)
+  head = "embed_VD" if cfg.tie_embeddings else "head_DV"
+  return output({name: params[name] for name in ("final_norm_D", head)}, x_BSD)
+
+
+def _embed(params, tokens_BS, cfg: LlamaConfig):
+  return gather_fsdp(params["embed_VD"].astype(cfg.dtype), 1)[tokens_BS]
 
 
 _REMAT_POLICY = {
@@ -211,7 +231,7 @@ _REMAT_POLICY = {
 }
 
 
-def _layer(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
+def _layer(layer, x_BSD, cos_sin, mask, cfg: LlamaConfig):
   layer = jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
   attn_BSD = _attend(_rms_norm(x_BSD, layer["attn_norm_D"], cfg), layer, cos_sin, mask, cfg)
   x_BSD = x_BSD + attn_BSD
@@ -227,7 +247,10 @@ def _attend(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
     k_BSKC = k_BSKC + layer["k_bias_KC"][None, None]
     v_BSKC = v_BSKC + layer["v_bias_KC"][None, None]
   q_BSHC, k_BSKC = rope.rotate(q_BSHC, *cos_sin), rope.rotate(k_BSKC, *cos_sin)
-  y_BSHC = _attention.attention(q_BSHC, k_BSKC, v_BSKC, mask)
+  if mask is None:
+    y_BSHC = _attention.cudnn_attention(q_BSHC, k_BSKC, v_BSKC)
+  else:
+    y_BSHC = _attention.attention(q_BSHC, k_BSKC, v_BSKC, mask)
   y_BSD = jnp.einsum("bshc,hcd->bsd", y_BSHC, layer["o_HCD"])
   return y_BSD + layer["o_bias_D"][None, None] if cfg.attention_bias else y_BSD
 
@@ -251,7 +274,7 @@ def _rms_norm(x_BSD, gain_D, cfg: LlamaConfig):
   return (x32_BSD * scale_BS1).astype(x_BSD.dtype) * gain_D[None, None].astype(x_BSD.dtype)
 
 
-def _logits(x_BSD, params, cfg: LlamaConfig):
+def _logits(params, x_BSD, cfg: LlamaConfig):
   x_BSD = _rms_norm(x_BSD, params["final_norm_D"], cfg)
   head_DV = params["embed_VD"].T if cfg.tie_embeddings else params["head_DV"]
   return jnp.matmul(x_BSD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
@@ -265,7 +288,12 @@ def _vary_like(x, tree):
 
 
 def loss(
-  params: Params, batch: dict[str, jax.Array], cfg: LlamaConfig, *, z_loss: float = 0.0
+  params: Params,
+  batch: dict[str, jax.Array],
+  cfg: LlamaConfig,
+  *,
+  z_loss: float = 0.0,
+  partition: Partition | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Masked mean next-token cross-entropy, nats, float32.
 
@@ -275,6 +303,7 @@ def loss(
       and `loss_mask` float32[B, S], which packing sets to 0 at the last token of a document.
     cfg: the config of `params`.
     z_loss: weight of the squared log-partition.
+    partition: as in `apply`.
 
   Returns:
     (objective, aux): aux has `loss` (cross-entropy alone) and `tokens` (sum of the mask).
@@ -300,6 +329,7 @@ def loss(
     cfg,
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
+    partition=partition,
   )
   value, loss_aux = losses.cross_entropy(
     logits_BSV, batch["targets"], batch.get("loss_mask"), z_loss=z_loss

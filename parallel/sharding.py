@@ -134,6 +134,33 @@ def gather_fsdp(x: jax.Array, dim: int) -> jax.Array:
   return _constrain(x, jax.P(*dims))
 
 
+def on_batch_shards(fn: Callable[..., Any], *args: jax.Array) -> Any:
+  """`fn(*args)` on each device's rows (dimension 0) of arrays that are sharded like a batch.
+
+  For kernels that the compiler does not partition: `fn` is manual over all automatic axes. Where
+  the axes do not divide the rows each device takes all of them. It is `fn(*args)` where the
+  arrays are on no mesh.
+
+  Args:
+    fn: row by row, returns arrays with the same dimension 0.
+    args: arrays of equal dimension 0.
+  """
+  mesh = _mesh(args[0])
+  if not mesh.auto_axes:
+    return fn(*args)
+  axes = _auto_batch_axes(args[0])
+  divides = args[0].shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0
+  spec = jax.P(axes) if axes and divides else jax.P()
+  manual = jax.shard_map(
+    fn,
+    mesh=mesh,
+    in_specs=(spec,) * len(args),
+    out_specs=spec,
+    axis_names=set(mesh.auto_axes),
+  )
+  return manual(*args)
+
+
 def _mesh(x) -> jax.sharding.AbstractMesh:
   return jax.typeof(x).sharding.mesh
 
