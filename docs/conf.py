@@ -24,6 +24,7 @@ extensions = [
 html_math_renderer = "mathml"
 exclude_patterns = ["_ext", "_static"]
 
+highlight_language = "none"  # of a block that names no language: commands
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
@@ -37,3 +38,4 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes of a docstring are a list, not symbols documented twice
 napoleon_use_rtype = False
+napoleon_attr_annotations = False  # the signature has the types

@@ -20,7 +20,7 @@ import optax
 
 import jaxcomm
 from jaxcomm import data
-from jaxcomm.training import RunConfig, Task, launch, make_train_step, run, start_devices
+from jaxcomm.training import RunConfig, Task, TrainStep, launch, make_train_step, run, start_devices
 from models import llama
 from parallel import make_mesh, mesh_specs
 
@@ -171,7 +171,7 @@ def load_corpora(config: Config, model: llama.LlamaConfig) -> list[data.TextCorp
   return corpora
 
 
-def build_data(config: Config, corpora: list[data.TextCorpus], rows: dict[str, Any]):
+def build_data(config: Config, corpora: list[data.TextCorpus], train_step: TrainStep):
   """This process's training rows, and the evaluation batches."""
   train, validation = (
     [data.load_text(c, split=split, seq_len=config.seq_len) for c in corpora]
@@ -179,12 +179,22 @@ def build_data(config: Config, corpora: list[data.TextCorpus], rows: dict[str, A
   )
   weights = config.data_weights or [1.0]
   batches = data.batches(
-    train, weights=weights, batch_size=config.batch_size, seed=config.seed, **rows
+    train,
+    weights=weights,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    **train_step.local_rows(config.batch_size),
   )
   validation = data.mix(validation, weights)
-  available = len(validation) // config.batch_size
-  count = min(8, available) if config.eval_batches is None else config.eval_batches
-  evaluation = data.eval_batches(validation, config.batch_size, count, **rows)
+  shards = config.replicas * config.data_parallel * config.fsdp
+  size = min(config.batch_size, len(validation) // shards * shards)  # a short text has few
+  if not size:
+    raise ValueError(
+      f"`data` must have {shards} sequences of {config.seq_len} tokens for validation, one for each"
+      f" replica and shard, got {len(validation)}: give more data or shorter sequences."
+    )
+  count = min(8, len(validation) // size) if config.eval_batches is None else config.eval_batches
+  evaluation = data.eval_batches(validation, size, count, **train_step.local_rows(size))
   return batches, evaluation
 
 
@@ -215,7 +225,7 @@ def main(config: Config) -> None:
     param_specs=specs,
     num_replicas=config.replicas,
   )
-  batches, evaluation = build_data(config, corpora, train_step.local_rows(config.batch_size))
+  batches, evaluation = build_data(config, corpora, train_step)
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32

@@ -16,6 +16,9 @@ from typing import Any
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
+_ARRAY_TREE = re.compile(
+  r"[\w.]*Array \|[^,()=]*?Iterable\[ArrayTree\] \| Mapping\[Any, ArrayTree\]"
+)
 ROOTS = ("jaxcomm", "parallel", "models")
 INDEX = """API reference
 =============
@@ -151,9 +154,15 @@ def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     lines[i] = re.sub(r"(?<![:`])(`[^`]+`)(?=\w)", r"\1\\ ", "`".join(parts))  # `x`s
 
 
+def _short_types(app: Any, what: str, name: str, obj: Any, options: Any, *texts: Any) -> Any:
+  """Signature and result with the name of a type of optax and chex, where it was written out."""
+  return tuple(_ARRAY_TREE.sub("ArrayTree", text) if text else text for text in texts)
+
+
 def setup(app: Any) -> dict[str, bool]:
   app.connect("builder-inited", _write)
   app.connect("env-check-consistency", _check)
   app.connect("autodoc-skip-member", _skip)
+  app.connect("autodoc-process-signature", _short_types)
   app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
   return {"parallel_read_safe": True, "parallel_write_safe": True}

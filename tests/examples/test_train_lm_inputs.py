@@ -1,10 +1,13 @@
 """Bad input to `examples/train_lm.py`: one clear line, and nothing of the user's is touched."""
 
+import dataclasses
 import re
+import types
 
 import pytest
 
 from jaxcomm.training import RunFolder
+from models import llama
 
 
 def contents(path):
@@ -87,6 +90,19 @@ def test_too_little_text_for_one_batch(fails, tiny_flags):
   code, line = fails(*tiny_flags, "--seq-len", "512", "--batch-size", "64")
   assert code == 1
   assert "`batch_size` must be at most the number of sequences" in line or "tokens" in line
+
+
+def test_a_short_text_is_evaluated_in_smaller_batches(script, text):
+  config = script.Config(
+    data=[str(text)], preset="nano", vocab_size=300, seq_len=64, batch_size=64, replicas=2
+  )
+  corpora = script.load_corpora(config, dataclasses.replace(llama.nano(), vocab_size=300))
+  rows = types.SimpleNamespace(local_rows=lambda n: {"row_start": 0, "row_count": n})
+  _, evaluation = script.build_data(config, corpora, rows)
+  sizes = {len(batch["tokens"]) for batch in evaluation}
+  assert len(sizes) == 1
+  assert 0 < (size := sizes.pop()) < config.batch_size
+  assert size % config.replicas == 0
 
 
 def test_a_vocabulary_too_small_for_bytes(fails, tiny_flags):
