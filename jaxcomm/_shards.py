@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def leaf_specs(leaves: Sequence[jax.Array], treedef: Any, specs: Any) -> list[P]
   if isinstance(specs, P):
     return [only(specs, inner)] * len(leaves)
   if specs is not None:
-    return [only(s, inner) for s in _flatten_like(treedef, specs)]
+    return [only(s, inner) for s in leaves_like(treedef, specs)]
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types))
   auto = {a: mesh.shape[a] for a in inner if kinds[a] == jax.sharding.AxisType.Auto}
@@ -75,23 +76,26 @@ def check_unsharded(specs: Any) -> None:
 
 
 def on_shards(fun: Callable, specs: list[P]) -> Callable:
-  """`fun(leaves, residuals, count)` on local shards, manual over all inner axes as well.
+  """`fun(scalars, *lists)` on local shards, manual over all inner axes as well.
 
-  `leaves` and `residuals` are lists sharded by `specs` (a residual may be None); so are the two
-  lists that `fun` returns.
+  Every list has one entry per leaf: an array sharded by the leaf's spec, or a tree without arrays
+  (None). `fun` returns as many lists of the same kind. `scalars` are equal on all shards.
   """
   inner = inner_axes()
   if not inner:
     return fun
 
-  def call(leaves, residuals, count):
-    residual_specs = [None if r is None else s for r, s in zip(residuals, specs)]
+  def call(scalars, *lists):
+    entry_specs = tuple(
+      [jax.tree.map(lambda _, spec=spec: spec, entry) for entry, spec in zip(entries, specs)]
+      for entries in lists
+    )
     return jax.shard_map(
       fun,
-      in_specs=(specs, residual_specs, P()),
-      out_specs=(specs, residual_specs),
+      in_specs=(jax.tree.map(lambda _: P(), scalars), *entry_specs),
+      out_specs=entry_specs,
       axis_names=set(inner),
-    )(leaves, residuals, count)
+    )(scalars, *lists)
 
   return call
 
@@ -105,12 +109,28 @@ def fold_in_shard(key: jax.Array, spec: P) -> jax.Array:
   return key
 
 
-def _flatten_like(treedef: Any, specs: Any) -> list[P]:
+def leaves_like(treedef: Any, tree: Any) -> list[Any]:
+  """The leaves of `tree`, which is like `treedef` but for parts that optax masked in the latter."""
+  if treedef.num_leaves == 0:
+    return []
   masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-  tree = treedef.unflatten(range(treedef.num_leaves))
+  numbers = treedef.unflatten(range(treedef.num_leaves))
   return jax.tree.leaves(
-    jax.tree.map(lambda x, s: x if masked(x) else s, tree, specs, is_leaf=masked)
+    jax.tree.map(lambda x, leaf: x if masked(x) else leaf, numbers, tree, is_leaf=masked)
   )
+
+
+def shards_per_dim(spec: P, ndim: int, mesh: Any) -> tuple[int, ...]:
+  """Into how many parts `spec` cuts each of `ndim` dimensions on `mesh` (None: into one)."""
+  parts = [*spec, *(None,) * (ndim - len(spec))]
+  names = [part if isinstance(part, tuple) else (part,) for part in parts]
+  sizes = {} if mesh is None else mesh.shape
+  return tuple(math.prod(sizes.get(name, 1) for name in group if name) for group in names)
+
+
+def divides(spec: P, shape: tuple[int, ...], mesh: Any) -> bool:
+  """Whether `spec` cuts an array of `shape` into equal parts on `mesh`."""
+  return all(n % k == 0 for n, k in zip(shape, shards_per_dim(spec, len(shape), mesh)))
 
 
 def _names(spec: P) -> list[str]:

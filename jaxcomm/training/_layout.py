@@ -197,7 +197,7 @@ def make_layout(
   if param_specs is None or isinstance(param_specs, P):
     one = P() if param_specs is None else param_specs
     param_specs = jax.tree.map(lambda _: one, shapes.params)
-  specs = TrainState(cast(Any, P()), param_specs, _opt_specs(tx, shapes, param_specs))
+  specs = TrainState(cast(Any, P()), param_specs, _opt_specs(tx, shapes, param_specs, mesh))
   varying = _varying_leaves(tx, mesh, num_replicas, shapes, specs)
   replica = "replica" if mesh.shape["replica"] == num_replicas else None
 
@@ -216,14 +216,18 @@ def make_layout(
   )
 
 
-def _opt_specs(tx: optax.GradientTransformation, shapes: TrainState, param_specs: Any) -> Any:
-  """Like the parameters where the state has an array of a parameter's shape, else replicated."""
+def _opt_specs(
+  tx: optax.GradientTransformation, shapes: TrainState, param_specs: Any, mesh: jax.sharding.Mesh
+) -> Any:
+  """Like the parameter where an array of the state has its shape, or as many dimensions that its
+  spec divides (something of every shard); else replicated."""
   masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
 
   def like_param(x, param, spec):
     if masked(x):
       return x
-    return spec if x.shape == param.shape else P()  # factored moments have other shapes
+    parts = x.ndim == param.ndim and _shards.divides(spec, x.shape, mesh)
+    return spec if x.shape == param.shape or parts else P()  # factored moments are neither
 
   return optax.tree.map_params(
     tx,

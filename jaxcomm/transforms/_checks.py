@@ -36,6 +36,18 @@ def check_period(sync_period: Any) -> None:
     raise ValueError(f"`sync_period` must be an integer >= 1 (inner steps), got {sync_period!r}.")
 
 
+def check_count(name: str, value: Any, *, at_least: int) -> None:
+  """Raises ValueError unless `value` is an integer of at least so many."""
+  if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    raise ValueError(f"`{name}` must be an integer >= {at_least}, got {value!r}.")
+
+
+def check_decay(name: str, value: Any) -> None:
+  """Raises ValueError unless `value` is in [0, 1), or traced."""
+  if not isinstance(value, Tracer) and not 0 <= value < 1:
+    raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
+
+
 def _at_least_one(value: Any) -> bool:
   try:
     return operator.index(value) >= 1

@@ -1,34 +1,16 @@
 """The compressed mean over an axis: what crosses the wire is the compressor's payload."""
 
-import zlib
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomm import _axes, _shards
-from jaxcomm.collectives import (
-  allgather_pmean_with_error,
-  compressed_pmean_with_error,
-)
 from jaxcomm.compressors import Compressor
-from jaxcomm.transforms._checks import check_floating
+from jaxcomm.transforms._compressed import MEANS, CompressedMeanState, check_algorithm
+from jaxcomm.transforms._leafwise import map_leaves
+from jaxcomm.transforms.error_feedback import error_feedback as ef14
 
-_MEANS = {"two_hop": compressed_pmean_with_error, "all_gather": allgather_pmean_with_error}
-
-
-class CompressedMeanState(NamedTuple):
-  """State of `compressed_mean`.
-
-  Attributes:
-    count: int32[], equal on all devices; number of means taken, folded into the rounding key.
-    residual: like the parameters, float32, differs per device: what compression still owes.
-      `optax.EmptyState()` without error feedback.
-  """
-
-  count: jax.Array
-  residual: Any
+__all__ = ["CompressedMeanState", "compressed_mean"]
 
 
 def compressed_mean(
@@ -48,7 +30,10 @@ def compressed_mean(
 
   The residual accounts for both roundings of the two-hop mean, so that the sum of all outputs
   plus the mean residual is the sum of all mean inputs. The mean is taken in float32 in a fixed
-  order: all devices hold the same bits. Without error feedback `e` stays zero and is not stored.
+  order: all devices hold the same bits. Without error feedback `e` stays zero and is not stored;
+  with it this is `error_feedback(axis_name, compressor)`. Every compressor will do: the errors of
+  an unbiased one average out over devices and steps (over devices only where they do not share a
+  key), a biased one (`top_k`, `scaled_sign`) needs error feedback to reach the optimum.
 
   Wire, per device and update, with `payload(n)` the payload of `n` elements: `"two_hop"` (an
   all-to-all, a float32 mean on the owner of each chunk, an all-gather) sends
@@ -89,46 +74,23 @@ def compressed_mean(
     >>> jax.vmap(step, axis_name="replica")(grads)[0].tolist()
     [-127.0, -127.0]
   """
-  if algorithm not in _MEANS:
-    raise ValueError(f"`algorithm` must be one of {sorted(_MEANS)}, got {algorithm!r}.")
+  check_algorithm(algorithm)
+  if error_feedback:
+    return ef14(axis_name, compressor, algorithm=algorithm, specs=specs, seed=seed)
 
   def init_fn(params):
-    zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
-    return CompressedMeanState(
-      count=jnp.zeros((), jnp.int32),
-      residual=zeros if error_feedback else optax.EmptyState(),
-    )
+    del params
+    return CompressedMeanState(jnp.zeros((), jnp.int32), optax.EmptyState())
 
-  def mean_of_leaf(path, g, residual, spec, count):
-    key = jax.random.fold_in(jax.random.key(seed), count)
-    key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-    key = _shards.fold_in_shard(key, spec)
-    h = g.astype(jnp.float32)
-    if residual is not None:
-      h = h + residual
-    mean, error = _MEANS[algorithm](h, axis_name, compressor, key=key)
-    return mean.astype(g.dtype), error
+  def mean_of_leaf(leaf, count, g):
+    key = leaf.key(seed, count)
+    mean, _ = MEANS[algorithm](g.astype(jnp.float32), axis_name, compressor, key=key)
+    return (mean.astype(g.dtype),)
 
   def update_fn(updates, state, params=None):
     del params
-    _axes.axis_size(axis_name)
-    check_floating("updates", updates)
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    paths = [path for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
-    residuals = treedef.flatten_up_to(state.residual) if error_feedback else [None] * len(leaves)
-    if not _axes.is_manual(axis_name):
-      _shards.check_unsharded(specs)
-    leaf_specs = _shards.leaf_specs(leaves, treedef, specs)
-
-    def mean(leaves, residuals, count):
-      pairs = [mean_of_leaf(*args, count) for args in zip(paths, leaves, residuals, leaf_specs)]
-      means, errors = [m for m, _ in pairs], [e for _, e in pairs]
-      return means, errors if error_feedback else residuals
-
-    means, errors = _shards.on_shards(mean, leaf_specs)(leaves, residuals, state.count)
-    residual = treedef.unflatten(errors) if error_feedback else state.residual
+    (means,) = map_leaves(mean_of_leaf, state.count, updates, axis_name=axis_name, specs=specs)
     count = jnp.asarray(optax.safe_increment(state.count))
-    return treedef.unflatten(means), CompressedMeanState(count, residual)
+    return means, CompressedMeanState(count, state.residual)
 
   return optax.GradientTransformation(init_fn, update_fn)

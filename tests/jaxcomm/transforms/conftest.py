@@ -84,6 +84,47 @@ def train_replicas(
   return Trajectory(metrics["loss"], metrics["params"], last, layout)
 
 
+def roll_out_replicas(tx, grads, *, context="vmap", state=None, differs=()):
+  """Updates [R, T, ...] for gradients [R, T, ...], and the last states [R, ...].
+
+  Args:
+    tx: the transform, with `axis_name="replica"`.
+    grads: a tree of arrays; parameters stay at zero.
+    context: "vmap" (stacked on one device) or "shard_map" (a device per replica, with checks).
+    state: start from here instead of `tx.init`.
+    differs: fields of the state that differ per replica.
+  """
+  params = jax.tree.map(lambda g: jnp.zeros(g.shape[2:], g.dtype), grads)
+  state = tx.init(params) if state is None else state
+
+  def replica(grads):
+    varying = {name: _axes.vary(getattr(state, name), "replica") for name in differs}
+    start = state._replace(**varying) if differs else state
+
+    def step(state, grad):
+      updates, state = tx.update(grad, state, params)
+      return state, updates
+
+    return jax.lax.scan(step, start, grads)
+
+  def local(grads):
+    return jax.tree.map(lambda x: x[None], replica(jax.tree.map(lambda g: g[0], grads)))
+
+  if context == "vmap":
+    fun = jax.vmap(replica, axis_name="replica")
+  else:
+    mesh, spec = make_mesh(context, jax.tree.leaves(grads)[0].shape[0]), jax.P("replica")
+    fun = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
+  state, updates = jax.tree.map(np.asarray, jax.jit(fun)(grads))
+  return updates, state
+
+
+@pytest.fixture(scope="session")
+def roll_out():
+  """`roll_out(tx, grads, context=...) -> (updates, state)`."""
+  return roll_out_replicas
+
+
 @pytest.fixture(scope="session")
 def train():
   """`train(tx, loss_fn, params, batches, context=...) -> Trajectory`."""
