@@ -6,16 +6,26 @@ from jaxcomm.transforms._local_updates import (
   just_synced,
   outer_params,
 )
+from jaxcomm.transforms._masha import MashaState, draw_refresh, masha_bytes
 from jaxcomm.transforms.compressed_mean import CompressedMeanState, compressed_mean
 from jaxcomm.transforms.demo import DemoState, demo, demo_bytes
 from jaxcomm.transforms.diloco import diloco
 from jaxcomm.transforms.ef21 import EF21State, ef21
 from jaxcomm.transforms.error_feedback import error_feedback
+from jaxcomm.transforms.extragradient import (
+  ExtragradientState,
+  ExtragradientTransformation,
+  extragradient,
+)
 from jaxcomm.transforms.fedzip import FedZipState, fedzip
 from jaxcomm.transforms.local_sgd import local_sgd
+from jaxcomm.transforms.masha1 import masha1
+from jaxcomm.transforms.masha2 import masha2
+from jaxcomm.transforms.masha_step import masha_step
 from jaxcomm.transforms.one_bit_adam import OneBitAdamState, one_bit_adam
 from jaxcomm.transforms.pmean_over import pmean_over
 from jaxcomm.transforms.powersgd_mean import PowerSGDState, powersgd_bytes, powersgd_mean
+from jaxcomm.transforms.saddle import check_monotone, gap_bilinear, saddle_operator
 from jaxcomm.transforms.sign_majority import (
   SignMajorityState,
   sign_majority,
@@ -27,27 +37,39 @@ __all__ = [
   "CompressedMeanState",
   "DemoState",
   "EF21State",
+  "ExtragradientState",
+  "ExtragradientTransformation",
   "FedZipState",
   "LocalUpdatesState",
+  "MashaState",
   "OneBitAdamState",
   "PowerSGDState",
   "SignMajorityState",
   "ZeroOneAdamState",
   "apply_updates",
+  "check_monotone",
   "compressed_mean",
   "demo",
   "demo_bytes",
   "diloco",
+  "draw_refresh",
   "ef21",
   "error_feedback",
+  "extragradient",
   "fedzip",
+  "gap_bilinear",
   "just_synced",
   "local_sgd",
+  "masha1",
+  "masha2",
+  "masha_bytes",
+  "masha_step",
   "one_bit_adam",
   "outer_params",
   "pmean_over",
   "powersgd_bytes",
   "powersgd_mean",
+  "saddle_operator",
   "sign_majority",
   "sign_majority_bytes",
   "zero_one_adam",
