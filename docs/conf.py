@@ -18,6 +18,7 @@ extensions = [
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
   "api_pages",
+  "docstrings",
   "local_links",
   "mathml",
 ]

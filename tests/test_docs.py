@@ -2,6 +2,7 @@
 
 import contextlib
 import doctest
+import importlib
 import io
 import pathlib
 import re
@@ -70,3 +71,36 @@ def test_what_a_page_claims_is_checked():
 def test_relative_links_exist(page):
   targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
   assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
+
+
+@pytest.fixture
+def extension(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+  return importlib.import_module
+
+
+def test_every_public_name_is_on_a_page(extension):
+  api_pages = extension("api_pages")
+  modules = api_pages.public_modules()
+  home_of = api_pages.homes(modules)
+  text = "".join(api_pages.page(module, home_of) for module in modules.values())
+  for name in ("jaxcomm.transforms.diloco", "jaxcomm.training.TrainStep", "parallel.AXES"):
+    assert re.search(rf"^.. auto\w+:: {re.escape(name)}$", text, re.MULTILINE)
+  described = set(re.findall(r"^.. auto\w+:: (\S+)$", text, re.MULTILINE))
+  assert api_pages.missing(modules, described) == []
+  forgotten = api_pages.missing(modules, described - {"jaxcomm.transforms.diloco"})
+  assert forgotten == ["jaxcomm.diloco is on no page", "jaxcomm.transforms.diloco is on no page"]
+
+
+def test_docstrings_become_restructured_text(extension):
+  as_rst = extension("docstrings").as_rst
+  for plain, rst in {
+    "max |x| of `|x|`": "max \\|x\\| of `|x|`",
+    "the *new* one, **bold**": "the *new* one, **bold**",
+    "(x, *rest) and f(**kwargs)": "(x, \\*rest) and f(\\*\\*kwargs)",
+    "two `x`s": "two `x`\\ s",
+    ">>> a | b": ">>> a | b",
+  }.items():
+    assert list(as_rst([plain])) == [rst]
+  assert list(as_rst(["so:", "", "    code"])) == ["so::", "", "    code"]
+  assert list(as_rst(["so:", "", "- a"])) == ["so:", "", "- a"]

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
-import re
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +15,6 @@ from typing import Any
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
-_ARRAY_TREE = re.compile(
-  r"[\w.]*Array \|[^,()=]*?Iterable\[ArrayTree\] \| Mapping\[Any, ArrayTree\]"
-)
 ROOTS = ("jaxcomm", "parallel", "models")
 INDEX = """API reference
 =============
@@ -142,27 +138,8 @@ def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) ->
   return None
 
 
-def _as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-  """What docstrings write plainly and reStructuredText would misread."""
-  if what == "data" and "\n".join(lines).strip() == (inspect.getdoc(obj) or "").strip():
-    lines.clear()  # a constant has no docstring: this is that of its type
-  for i, line in enumerate(lines):
-    if ".. math::" in line or ">>>" in line:
-      continue
-    parts = line.split("`")  # the odd ones are code
-    parts[::2] = [part.replace("|", "\\|") for part in parts[::2]]
-    lines[i] = re.sub(r"(?<![:`])(`[^`]+`)(?=\w)", r"\1\\ ", "`".join(parts))  # `x`s
-
-
-def _short_types(app: Any, what: str, name: str, obj: Any, options: Any, *texts: Any) -> Any:
-  """Signature and result with the name of a type of optax and chex, where it was written out."""
-  return tuple(_ARRAY_TREE.sub("ArrayTree", text) if text else text for text in texts)
-
-
 def setup(app: Any) -> dict[str, bool]:
   app.connect("builder-inited", _write)
   app.connect("env-check-consistency", _check)
   app.connect("autodoc-skip-member", _skip)
-  app.connect("autodoc-process-signature", _short_types)
-  app.connect("autodoc-process-docstring", _as_rst, priority=400)  # before napoleon
   return {"parallel_read_safe": True, "parallel_write_safe": True}
