@@ -1,49 +1,54 @@
-"""The derivative of a compressed mean: that of the exact mean."""
+"""Derivatives of compressed collectives: those of the exact, linear ones."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcomm import _axes
-from jaxcomm.compressors import Compressor
 
-Mean = Callable[[jax.Array, str, Compressor, jax.Array | None], jax.Array]
+# Folded into the keys of backward passes; no rank or hop reaches it.
+_BACKWARD = 2**31 - 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def straight_through(
-  mean: Mean, axis_name: str, compressor: Compressor, x: jax.Array, key: jax.Array | None
-) -> jax.Array:
-  """`mean(x, axis_name, compressor, key)` with the derivative of `jax.lax.pmean`.
+  op: Callable[[jax.Array, Any], Any],
+  transpose: Callable[[Any, Any], jax.Array],
+  x: jax.Array,
+  aux: Any,
+) -> Any:
+  """`op(x, aux)` with the derivative of the linear map whose transpose is `transpose(ct, aux)`.
 
-  That has two conventions. With replication checks the cotangent is equal on all devices by type,
-  and each device gets its N-th part. Without them, and under vmap, the transpose of a sum is the
-  sum of the cotangents: their mean crosses the wire, by the same `mean`.
+  Rounding has the derivative zero, and a sum over devices has two conventions. With replication
+  checks a cotangent of an equal value is equal on all devices by type. Without them, and under
+  vmap, the transpose of a sum is the sum of the cotangents. `transpose` follows the one in force.
 
   JAX 0.10 does not bind the axis in the backward pass of a `jax.vmap(axis_name=...)` that is
   differentiated from outside, so that raises the error of an unbound axis.
 
-  `x` must be typed as differing already: the transpose of that cast is then JAX's own.
+  `x` must be typed as differing already: the transpose of that cast is then JAX's own. `aux` (a
+  key, a state) gets no derivative.
   """
-  return mean(x, axis_name, compressor, key)
+  return op(x, aux)
 
 
-def _forward(mean, axis_name, compressor, x, key):
-  return straight_through(mean, axis_name, compressor, x, key), key
+def _forward(op, transpose, x, aux):
+  return straight_through(op, transpose, x, aux), aux
 
 
-def _backward(mean, axis_name, compressor, key, ct):
-  if _is_checked(axis_name):
-    return _axes.vary(ct / _axes.axis_size(axis_name), axis_name), None
-  # A key of its own: the noise of the backward pass is independent of that of the forward pass.
-  key = None if key is None else jax.random.fold_in(key, 2)
-  ct = as_differing(ct, axis_name)
-  return straight_through(mean, axis_name, compressor, ct, key), None
+def _backward(op, transpose, aux, ct):
+  return transpose(ct, aux), None
 
 
 straight_through.defvjp(_forward, _backward)
+
+
+def backward_key(key: jax.Array | None) -> jax.Array | None:
+  """A key whose noise is independent of that of the forward pass; None stays None."""
+  return None if key is None else jax.random.fold_in(key, _BACKWARD)
 
 
 def as_differing(x: jax.Array, axis_name: str) -> jax.Array:
@@ -55,6 +60,6 @@ def as_differing(x: jax.Array, axis_name: str) -> jax.Array:
   return jnp.where(jax.lax.axis_index(axis_name) >= 0, x, x)
 
 
-def _is_checked(axis_name: str) -> bool:
+def is_checked(axis_name: str) -> bool:
   """Whether types record variation over `axis_name` (shard_map with check_vma=True)."""
   return axis_name in _axes.varying_axes(_axes.vary(jnp.zeros(()), axis_name))

@@ -121,9 +121,9 @@ def test_only_the_named_axis_is_crossed(axis_type):
 
 @pytest.mark.parametrize("bits", [16, 2, 0, "8"])
 def test_rejects_bits(bits):
-  with pytest.raises(ValueError, match="`bits` must be 4, 8 or None, got"):
+  with pytest.raises(ValueError, match="`bits` must be 4, 8, .fp8. or None, got"):
     quantized_pmean(jnp.zeros(4), AXIS, bits=bits)
-  with pytest.raises(ValueError, match="`bits` must be 4, 8 or None, got"):
+  with pytest.raises(ValueError, match="`bits` must be 4, 8, .fp8. or None, got"):
     quantized_pmean_bytes((4,), 2, bits=bits)
 
 

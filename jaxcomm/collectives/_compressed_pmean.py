@@ -1,25 +1,19 @@
-"""Two-hop compressed mean: reduce-scatter by all_to_all, then all_gather, payloads on both.
+"""Mean over an axis of what any compressor makes of the contributions, in two hops or one."""
 
-Letters: N devices on the axis, C elements per chunk. Device i owns chunk i.
-"""
-
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxcomm import _axes
-from jaxcomm.collectives._common import (
-  check_axis_size,
-  hop_key,
-  mean_in_order,
-  nothing_to_send,
-  wire_codec,
+from jaxcomm.collectives._all_reduce import (
+  Algorithm,
+  all_reduce,
+  all_reduce_bytes,
+  reduce_with_error,
 )
-from jaxcomm.collectives._straight_through import as_differing, straight_through
+from jaxcomm.collectives._common import check_input
+from jaxcomm.collectives._options import Wire
+from jaxcomm.collectives._straight_through import as_differing
 from jaxcomm.compressors import Compressor
-from jaxcomm.compressors._base import check_float
 
 
 def compressed_pmean(
@@ -48,8 +42,8 @@ def compressed_pmean(
       checks) and inside `jax.vmap(axis_name=...)`, with the same bits.
     axis_name: one bound axis.
     compressor: see `jaxcomm.compressors`.
-    key: equal on all devices; each device and hop folds in its own number. Needed for stochastic
-      rounding only.
+    key: equal on all devices; each device and hop folds in its own number, unless the compressor
+      has a `shared_key`. Needed for compressors that draw random numbers only.
 
   Returns:
     The mean, in the shape and dtype of `x`.
@@ -67,8 +61,30 @@ def compressed_pmean(
   >>> jax.vmap(lambda v: compressed_pmean(v, "data", int8()), axis_name="data")(x).tolist()
   [[127.0, 127.0], [127.0, 127.0]]
   """
-  _axes.axis_size(axis_name)  # raises if unbound
-  return straight_through(_mean, axis_name, compressor, as_differing(x, axis_name), key)
+  return _pmean(x, axis_name, compressor, key, "two_hop")
+
+
+def allgather_pmean(
+  x: jax.Array, axis_name: str, compressor: Compressor, *, key: jax.Array | None = None
+) -> jax.Array:
+  """`compressed_pmean` with one rounding: every device sends its whole payload to every other.
+
+  All decode the same N payloads of the size of `x` and average them in float32 in the order of the
+  ranks.
+
+  Wire: (N - 1) payload_bytes(x.shape) sent per device, N / 2 times that of two hops: for N = 2, or
+  for compressors whose rounding is coarse. All else as `compressed_pmean`.
+  """
+  return _pmean(x, axis_name, compressor, key, "all_gather")
+
+
+def _pmean(
+  x: jax.Array, axis_name: str, compressor: Compressor, key: Any, algorithm: Algorithm
+) -> jax.Array:
+  check_input(x, axis_name)
+  wire = Wire(compressor, compressor)
+  x = as_differing(x, axis_name)
+  return all_reduce(x, axis_name, wire, key, mean=True, algorithm=algorithm)
 
 
 def compressed_pmean_with_error(
@@ -101,53 +117,25 @@ def compressed_pmean_with_error(
   >>> bool(jnp.allclose(error.mean(0), x.mean(0) - mean[0], atol=1e-6))
   True
   """
-  _axes.axis_size(axis_name)  # raises if unbound
-  x = as_differing(jax.lax.stop_gradient(x), axis_name)
-  return _two_hop(x, axis_name, compressor, key)
+  return _with_error(x, axis_name, compressor, key, "two_hop")
 
 
-def _mean(x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None) -> jax.Array:
-  return _two_hop(x, axis_name, compressor, key)[0].astype(x.dtype)
-
-
-def _two_hop(
-  x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array | None
+def allgather_pmean_with_error(
+  x: jax.Array, axis_name: str, compressor: Compressor, *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """(mean, error), float32; XLA drops the error where it is not used."""
-  check_float(x)
-  n = _axes.axis_size(axis_name)
-  encode, decode = wire_codec(compressor, (-(-x.size // n),), key)
-  if n == 1 or x.size == 0:
-    return nothing_to_send(x, axis_name)
-  with jax.named_scope("compressed_pmean"):
-    x_NC = _to_chunks(x, n)
-    sent = _encode_rows(encode, hop_key(key, axis_name, 0), x_NC)
-    received = jax.lax.all_to_all(sent, axis_name, 0, 0)
-    mean_C = mean_in_order(decode, received)
+  """`allgather_pmean` and what its rounding lost, error_i = x_i - D(C(x_i)).
 
-    sent_mean = encode(hop_key(key, axis_name, 1), mean_C)
-    gathered = _axes.all_gather_equal(sent_mean, axis_name)
-    mean = _from_chunks(jax.vmap(decode)(gathered), x.shape)
-
-    lost_C = n * (mean_C - decode(sent_mean))
-    owned_N1 = (jnp.arange(n) == jax.lax.axis_index(axis_name))[:, None]
-    error_NC = x_NC - jax.vmap(decode)(sent) + jnp.where(owned_N1, lost_C[None], 0.0)
-    return mean, _from_chunks(error_NC, x.shape)
+  All else as `compressed_pmean_with_error`.
+  """
+  return _with_error(x, axis_name, compressor, key, "all_gather")
 
 
-def _encode_rows(encode, key: jax.Array | None, x_NC: jax.Array) -> jax.Array:
-  if key is None:
-    return jax.vmap(lambda row: encode(None, row))(x_NC)
-  return jax.vmap(encode)(jax.random.split(key, x_NC.shape[0]), x_NC)
-
-
-def _to_chunks(x: jax.Array, n: int) -> jax.Array:
-  flat = x.reshape(-1).astype(jnp.float32)
-  return jnp.pad(flat, (0, -flat.size % n)).reshape(n, -1)
-
-
-def _from_chunks(x_NC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  return x_NC.reshape(-1)[: math.prod(shape)].reshape(shape)
+def _with_error(
+  x: jax.Array, axis_name: str, compressor: Compressor, key: Any, algorithm: Algorithm
+) -> tuple[jax.Array, jax.Array]:
+  check_input(x, axis_name)
+  x = as_differing(jax.lax.stop_gradient(x), axis_name)
+  return reduce_with_error(x, axis_name, compressor, key, mean=True, algorithm=algorithm)
 
 
 def compressed_pmean_bytes(shape: Any, axis_size: int, compressor: Compressor) -> int:
@@ -161,8 +149,15 @@ def compressed_pmean_bytes(shape: Any, axis_size: int, compressor: Compressor) -
   >>> compressed_pmean_bytes((1024,), 4, int4(block_size=256))
   792
   """
-  check_axis_size(axis_size)
-  size = math.prod(shape)
-  if axis_size == 1 or size == 0:
-    return 0
-  return 2 * (axis_size - 1) * compressor.payload_bytes((-(-size // axis_size),))
+  return all_reduce_bytes(shape, axis_size, compressor, "two_hop")
+
+
+def allgather_pmean_bytes(shape: Any, axis_size: int, compressor: Compressor) -> int:
+  """Bytes that one device sends in `allgather_pmean`: (N - 1) payload_bytes(shape).
+
+  >>> from jaxcomm.collectives import allgather_pmean_bytes
+  >>> from jaxcomm.compressors import int4
+  >>> allgather_pmean_bytes((1024,), 4, int4(block_size=256))
+  1584
+  """
+  return all_reduce_bytes(shape, axis_size, compressor, "all_gather")
