@@ -114,12 +114,11 @@ def fetch(
 ) -> Path:
   """The folder with the data set `name`, downloaded first where the cache lacks it.
 
-  | name | files |
-  |---|---|
-  | sympy-code | `documents.jsonl`: 1453 Python files, 26.2 MB |
-  | english-docs | `documents.jsonl`: manuals of CPython and PostgreSQL, glosses of WordNet |
-  | fashion-mnist | four IDX files: 70,000 images of 28 x 28 |
-  | wordnet | `data.noun`, `data.verb`, `data.adj`, `data.adv` of WordNet 3.0 |
+  - `sympy-code`: `documents.jsonl` of 1453 Python files, 26.2 MB;
+  - `english-docs`: `documents.jsonl` of the manuals of CPython and PostgreSQL and the glosses of
+    WordNet, 28.9 MB;
+  - `fashion-mnist`: four IDX files, 70,000 images of 28 x 28;
+  - `wordnet`: `data.noun`, `data.verb`, `data.adj` and `data.adv` of WordNet 3.0.
 
   `meta.json` beside the files records packages, versions, hashes and licence, `LICENCE.*` the
   notices. Files that do not match their recorded hashes are fetched again, with a warning.

@@ -70,13 +70,11 @@ def load_images(
 ) -> Images:
   """One split of `source`.
 
-  | source | images | train, validation, test | needs |
-  |---|---|---|---|
-  | "digits" | 8 x 8, 0 to 16 | 1437, 180, 180 | the extra `images` |
-  | "fashion-mnist" | 28 x 28, 0 to 255 | 55000, 5000, 10000 | `python -m jaxcomm.data fetch` |
-
-  The test split of Fashion-MNIST is its own, validation the last 5000 of its training images. The
-  digits, which come in one piece, are cut in their order, about 80, 10 and 10 %.
+  - `"digits"`: 8 x 8 pixels from 0 to 16; 1437, 180 and 180 images for train, validation and test,
+    cut in their order. Needs the extra `images`.
+  - `"fashion-mnist"`: 28 x 28 pixels from 0 to 255; 55000, 5000 and 10000 images. The test split is
+    its own, validation the last of its training images. Needs
+    `python -m jaxcomm.data fetch fashion-mnist`.
 
   Args:
     source: see above.
