@@ -26,6 +26,7 @@ from jaxcomm.compressors._qsgd import QSGD, qsgd
 from jaxcomm.compressors._rand_k import RandK, rand_k
 from jaxcomm.compressors._scaled_sign import ScaledSign, scaled_sign
 from jaxcomm.compressors._top_k import TopK, top_k
+from jaxcomm.compressors._top_z_kmeans import TopZKMeans, top_z_kmeans
 
 __all__ = [
   "E3M0",
@@ -47,6 +48,7 @@ __all__ = [
   "RawLeaf",
   "ScaledSign",
   "TopK",
+  "TopZKMeans",
   "bernoulli",
   "blockwise",
   "chain_compressors",
@@ -70,4 +72,5 @@ __all__ = [
   "scaled_sign",
   "top_k",
   "top_z",
+  "top_z_kmeans",
 ]
