@@ -66,6 +66,8 @@ def cond(pred: jax.Array, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
   "synchronised" (equal everywhere) and "kept" (differs) would not. And if `pred` differs the plain
   one types results of equal branches as equal, which they need not be.
   """
+  # Traced once: the types are needed before the branches can be.
+  true_fun, false_fun = (jax.jit(fun, inline=True) for fun in (true_fun, false_fun))
   shapes = [jax.eval_shape(fun, *operands) for fun in (true_fun, false_fun)]
   axes = jax.tree.map(lambda *s: _Axes(varying_axes(pred).union(*map(_axes_of, s))), *shapes)
 

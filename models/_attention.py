@@ -89,7 +89,8 @@ def causal_mask(seq_len: int, segment_ids_BS: jax.Array | None = None) -> jax.Ar
 
 def cudnn_attention(q_BSHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) -> jax.Array:
   """`attention` with the plain causal mask, in cuDNN's flash kernel; S equals T."""
-  if jax.typeof(q_BSHC).sharding.mesh.size <= 1:
+  mesh = jax.typeof(q_BSHC).sharding.mesh
+  if mesh.size <= 1 or not mesh.auto_axes:
     return _kernel(q_BSHC, k_BTKC, v_BTKC)
   return _sharded_kernel(q_BSHC, k_BTKC, v_BTKC)
 

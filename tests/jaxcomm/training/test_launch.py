@@ -1,4 +1,4 @@
-"""Flags, saved flags, devices, and one line for every error."""
+"""Flags, saved flags, and one line for every error."""
 
 import dataclasses
 import json
@@ -8,10 +8,9 @@ import pty
 import subprocess
 import sys
 
-import jax
 import pytest
 
-from jaxcomm.training import RunConfig, RunFolder, launch, start_devices
+from jaxcomm.training import RunConfig, RunFolder, launch
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -227,34 +226,3 @@ def test_a_run_of_an_older_script_gets_the_new_defaults(run):
 def test_rejects(flags, message):
   with pytest.raises(ValueError, match=message):
     RunConfig(**flags)
-
-
-# Devices.
-
-
-@pytest.fixture(autouse=True)
-def _eight_devices():
-  """JAX has started, so that `start_devices` does not choose their number."""
-  assert len(jax.devices()) == 8
-
-
-def test_one_device_per_place_on_the_mesh():
-  assert start_devices(RunConfig(replicas=2, fsdp=2)) == jax.devices()[:4]
-  assert start_devices(RunConfig(replicas=2, data_parallel=2, fsdp=2)) == jax.devices()[:8]
-
-
-def test_fewer_devices_than_places_stack_the_replicas():
-  assert start_devices(RunConfig(replicas=4, max_devices=1)) == jax.devices()[:1]
-  assert start_devices(RunConfig(replicas=4, max_devices=3)) == jax.devices()[:1]
-  assert start_devices(RunConfig(replicas=4, fsdp=2, max_devices=5)) == jax.devices()[:2]
-  assert start_devices(RunConfig(replicas=9)) == jax.devices()[:1]  # there are eight here
-
-
-def test_too_few_devices_for_one_replica():
-  with pytest.raises(ValueError, match=r"`data_parallel` \* `fsdp` = 4 must not exceed .* got 3"):
-    start_devices(RunConfig(replicas=2, data_parallel=2, fsdp=2, max_devices=3))
-
-
-def test_processes_must_share_the_devices_evenly():
-  with pytest.raises(ValueError, match=r"= 3 must be a multiple of the number of processes, got 2"):
-    start_devices(RunConfig(replicas=3, coordinator="h:1", num_processes=2, process_id=0))
