@@ -71,23 +71,23 @@ def check_elementwise(tx: optax.GradientTransformation, shapes: Any, axes: Seque
     shapes: tree of `jax.ShapeDtypeStruct` of one layer of each leaf.
     axes: over which the shards lie; bound while `tx` runs.
   """
-  names = tuple(axes) or ("shard",)
-  whole = jax.tree.map(lambda s: jnp.asarray(_numbers(s.shape)), shapes)
-  halves = jax.tree.map(lambda x: x.reshape(2, -1), whole)
+  names, count = tuple(axes) or ("none",), 2 if axes else 1
+  whole = jax.tree.map(lambda s: jnp.asarray(_numbers(s.shape)[None]), shapes)
+  parts = jax.tree.map(lambda x: x.reshape(count, -1), whole)
   message = (
     "`tx` must treat every element by itself, or sum over the shards, as"
     " parallel.clip_by_global_norm does: it sees flat shards of the parameters."
   )
   try:
-    got, want = _two_steps(tx, names, halves, 2), _two_steps(tx, names, whole, 1)
+    got, want = _two_steps(tx, names, parts, count), _two_steps(tx, names, whole, 1)
   except (TypeError, ValueError) as e:
-    raise ValueError(f"{message} Tried on two shards, it raised: {e}") from e
+    raise ValueError(f"{message} Tried on {count} shards, it raised: {e}") from e
   if jax.tree.structure(got) != jax.tree.structure(want):
     raise ValueError(f"{message} Its state depends on the shape of a parameter.")
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     a = a if a.size == b.size else a[0]  # a counter, once per shard
     if not np.allclose(a.reshape(-1), b.reshape(-1), rtol=1e-4, atol=1e-4 * np.abs(b).max()):
-      raise ValueError(f"{message} On two shards it gave {a.reshape(-1)}, on the whole {b}.")
+      raise ValueError(f"{message} On {count} shards it gave {a.reshape(-1)}, on the whole {b}.")
 
 
 def _numbers(shape: tuple[int, ...]) -> np.ndarray:
@@ -99,7 +99,7 @@ def _numbers(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _two_steps(tx: optax.GradientTransformation, names: Sequence[str], params: Any, n: int) -> Any:
-  """(updates, state) after two steps; `params` has a leading axis of n shards if n > 1."""
+  """(updates, state) after two steps of `params`, which has a leading axis of n shards."""
 
   def train(params):
     state, updates = tx.init(params), params
@@ -112,8 +112,5 @@ def _two_steps(tx: optax.GradientTransformation, names: Sequence[str], params: A
   fn = jax.vmap(train, axis_name="replica")
   for name in reversed(names):
     fn = jax.vmap(fn, axis_name=name)
-  stacked = jax.tree.map(
-    lambda x: x.reshape(*lead, 1, *(x.shape[1:] if n > 1 else x.shape)), params
-  )
-  out = jax.jit(fn)(stacked)
+  out = jax.jit(fn)(jax.tree.map(lambda x: x.reshape(*lead, 1, *x.shape[1:]), params))
   return jax.tree.map(lambda x: np.asarray(x).reshape(n, *x.shape[len(lead) + 1 :]), out)
