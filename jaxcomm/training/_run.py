@@ -147,7 +147,7 @@ def _open_trackers(config: RunConfig, folder: RunFolder | None, step: int) -> Tr
         trackers.append(TensorBoard(folder.path / "tensorboard", rows, step + 1 if rows else 0))
       if config.wandb is not None:
         flags = dataclasses.asdict(config)
-        trackers.append(WandB(folder.path, config.wandb, flags, rows, folder.logged))
+        trackers.append(WandB(folder.path, config.wandb, flags, rows))
     return Trackers(trackers)
 
   return _together(open_trackers, "start its logs")

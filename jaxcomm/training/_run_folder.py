@@ -43,7 +43,6 @@ class RunFolder:
     self._config = config
     self._write = write
     self._lines = None
-    self._logged = -1
     saved = load_config(self.path) if resume else None
     if saved is not None:
       _check_same(saved, config, may_change, self.path)
@@ -68,18 +67,11 @@ class RunFolder:
     except (OSError, ValueError, KeyError, TypeError):
       return None
 
-  @property
-  def logged(self) -> int:
-    """Last step that an earlier start logged, be it dropped since; -1 for none."""
-    return self._logged
-
   def continue_from(self, step: int) -> None:
     """Drops metrics of steps after `step`, about to be computed again; records `config`."""
     if not self._write:
       return
-    rows = read_metrics(self.path)
-    self._logged = max((row["step"] for row in rows), default=-1)
-    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+    kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
     write_atomically(self.path / "metrics.jsonl", "".join(kept))
     self._write_config()
 

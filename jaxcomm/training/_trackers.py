@@ -106,14 +106,14 @@ class TensorBoard:
 class WandB:
   """A run of Weights & Biases, whose id is kept in the run folder.
 
-  Steps are sent once: those that an earlier start has logged before it was stopped are skipped.
+  Rows that W&B has got from an earlier start are not sent again. Offline it cannot know: then the
+  log of each start, in `wandb/latest-run`, is that of the whole run.
 
   Args:
     folder: the run folder; W&B's own files go to `wandb` in it.
     project: W&B project.
     config: flags of the run.
-    rows: what the run logged up to its checkpoint, sent if the W&B run is new.
-    logged: last step that any start has logged; -1 for none.
+    rows: what the run logged up to its checkpoint.
 
   Raises:
     ValueError: W&B cannot start, for example because nobody has logged in.
@@ -125,13 +125,11 @@ class WandB:
     project: str,
     config: dict[str, Any],
     rows: Sequence[dict[str, Any]],
-    logged: int,
   ):
     import wandb
 
     file = folder / "wandb.json"
-    known = file.exists()
-    run_id = json.loads(file.read_text())["id"] if known else uuid.uuid4().hex[:12]
+    run_id = json.loads(file.read_text())["id"] if file.exists() else uuid.uuid4().hex[:12]
     try:
       self._run = wandb.init(
         project=project,
@@ -144,13 +142,13 @@ class WandB:
     except wandb.Error as e:
       raise ValueError(f"`wandb` could not start the run: {e}") from e
     file.write_text(json.dumps({"project": project, "id": run_id}) + "\n")
-    self._logged = logged if known else -1
-    for row in () if known else rows:
+    self._next = self._run.step  # the first that W&B has not got
+    for row in rows:
       self.log(row)
 
   def log(self, row: dict[str, Any]) -> None:
     """Sends a row, unless an earlier start has."""
-    if row["step"] > self._logged:
+    if row["step"] >= self._next:
       self._run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
   def close(self, *, summary: dict[str, Any] | None = None, failed: bool = False) -> None:

@@ -68,28 +68,31 @@ def test_tensorboard_of_a_run_that_began_without(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-  """A package that takes notes."""
+  """A package that takes notes; `module.has` is the number of steps that its server has got."""
   runs = []
 
   def init(**kwargs):
-    run = types.SimpleNamespace(kwargs=kwargs, rows=[], summary={}, exit_code=None)
+    run = types.SimpleNamespace(kwargs=kwargs, rows=[], summary={}, exit_code=None, step=module.has)
     run.log = lambda row, step: run.rows.append((step, row))
     run.finish = lambda exit_code: setattr(run, "exit_code", exit_code)
     runs.append(run)
     return run
 
-  module = types.SimpleNamespace(init=init, Error=type("Error", (Exception,), {}))
+  module = types.SimpleNamespace(init=init, Error=type("Error", (Exception,), {}), has=0)
   monkeypatch.setitem(sys.modules, "wandb", module)
   return module, runs
 
 
-def test_wandb_goes_on_with_one_run_and_new_steps_only(wandb, tmp_path):
-  _, runs = wandb
-  with Trackers([WandB(tmp_path, "mine", {"lr": 1}, [], -1)]) as trackers:
+@pytest.mark.parametrize("has", [6, 3, 0])
+def test_wandb_goes_on_with_one_run_and_what_it_lacks(wandb, tmp_path, has):
+  """Steps 0 to 5 were logged, the checkpoint is of step 3; W&B has got `has`, 0 offline."""
+  module, runs = wandb
+  with Trackers([WandB(tmp_path, "mine", {"lr": 1}, [])]) as trackers:
     for row in ROWS[:6]:
       trackers.log(row)
     trackers.summary = {"steps": 6}
-  trackers = Trackers([WandB(tmp_path, "mine", {"lr": 1}, ROWS[:4], 5)])  # killed after step 5
+  module.has = has
+  trackers = Trackers([WandB(tmp_path, "mine", {"lr": 1}, ROWS[:4])])
   with contextlib.suppress(KeyError), trackers:
     for row in ROWS[4:]:
       trackers.log(row)
@@ -97,19 +100,12 @@ def test_wandb_goes_on_with_one_run_and_new_steps_only(wandb, tmp_path):
   first, second = runs
   assert first.kwargs["project"] == "mine"
   assert first.kwargs["config"] == {"lr": 1}
-  assert second.kwargs["id"] == first.kwargs["id"] == json.loads(
-    (tmp_path / "wandb.json").read_text()
-  )["id"]  # fmt: skip
-  logged = first.rows + second.rows
+  kept = json.loads((tmp_path / "wandb.json").read_text())["id"]
+  assert second.kwargs["id"] == first.kwargs["id"] == kept
+  logged = first.rows[:has] + second.rows
   assert logged == [(r["step"], {k: r[k] for k in ("loss", "wire_bytes")}) for r in ROWS]
   assert (first.exit_code, first.summary) == (0, {"steps": 6})
   assert (second.exit_code, second.summary) == (1, {})
-
-
-def test_wandb_of_a_run_that_began_without(wandb, tmp_path):
-  tracker = WandB(tmp_path, "mine", {}, ROWS[:4], 5)
-  tracker.log(ROWS[4])
-  assert [step for step, _ in wandb[1][0].rows] == [0, 1, 2, 3, 4]
 
 
 def test_wandb_that_cannot_start_leaves_no_trace(wandb, tmp_path):
@@ -120,7 +116,7 @@ def test_wandb_that_cannot_start_leaves_no_trace(wandb, tmp_path):
 
   module.init = init
   with pytest.raises(ValueError, match="`wandb` could not start the run: api_key not configured"):
-    WandB(tmp_path, "mine", {}, [], -1)
+    WandB(tmp_path, "mine", {}, [])
   assert list(tmp_path.iterdir()) == []
 
 
