@@ -10,8 +10,9 @@ import optax
 from jax.core import Tracer
 
 from jaxcomm import _axes
-from jaxcomm.collectives import allgather_pmean_bytes, allgather_pmean_with_error
-from jaxcomm.compressors import Compressor, RandK
+from jaxcomm.collectives import allgather_pmean_bytes
+from jaxcomm.compressors import Compressor
+from jaxcomm.transforms._compressed import shares_support
 
 Refresh = Literal["random", "deterministic", "host"]
 Reference = Literal["new", "old"]
@@ -102,40 +103,11 @@ def masha_bytes(params: Any, axis_size: int, compressor: Compressor) -> tuple[in
   leaves = jax.tree.leaves(params)
   ring = 2 * (axis_size - 1) / axis_size
   refresh = sum(ring * x.size * jnp.dtype(x.dtype).itemsize for x in leaves)
-  if _is_shared(compressor):
+  if shares_support(compressor):
     step = sum(math.ceil(ring * compressor.payload_bytes(x.shape)) for x in leaves)
   else:
     step = sum(allgather_pmean_bytes(x.shape, axis_size, compressor) for x in leaves)
   return step, math.ceil(refresh)
-
-
-def mean_of_messages(
-  x: jax.Array, axis_name: str, compressor: Compressor, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """(mean of D(C(x)) over workers, equal on all; what this worker's message lost), float32."""
-  if _is_shared(compressor) and x.size:
-    return _mean_on_shared_support(x, axis_name, compressor, key)
-  return allgather_pmean_with_error(x, axis_name, compressor, key=key)
-
-
-def _is_shared(compressor: Compressor) -> bool:
-  return (
-    isinstance(compressor, RandK)
-    and compressor.shared_support
-    and compressor.value_dtype == "float32"
-  )
-
-
-def _mean_on_shared_support(
-  x: jax.Array, axis_name: str, compressor: Any, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """One all-reduce of k floats."""
-  flat = x.reshape(-1).astype(jnp.float32)
-  support = compressor.support(key, flat.size)
-  own = compressor.values(flat, support)
-  mean = compressor.expand(jax.lax.pmean(own, axis_name), support, flat.size)
-  error = flat - compressor.expand(own, support, flat.size)
-  return mean.reshape(x.shape), error.reshape(x.shape)
 
 
 def dense_mean(tree: Any, axis_name: str) -> Any:

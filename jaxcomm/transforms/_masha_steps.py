@@ -11,6 +11,7 @@ import optax
 from jaxcomm import _axes
 from jaxcomm.compressors import Compressor
 from jaxcomm.transforms import _masha
+from jaxcomm.transforms._compressed import mean_of_messages
 from jaxcomm.transforms._leafwise import Leaf, map_leaves
 from jaxcomm.transforms._masha import MashaState
 from jaxcomm.transforms.extragradient import ExtragradientTransformation
@@ -157,7 +158,7 @@ class Masha:
     if self.feedback:
       message = worker_error + jnp.float32(self.learning_rate) * message
     sent = message if answers is None else jnp.where(answers, message, 0.0)
-    mean, lost = _masha.mean_of_messages(sent, self.axis_name, self.compressor, key)
+    mean, lost = mean_of_messages(sent, self.axis_name, self.compressor, key)
     if answers is not None:  # the mean over those that answer; the others keep their error
       mean = mean * scalars["scale"]
       lost = jnp.where(answers, lost, worker_error) if self.feedback else lost

@@ -38,8 +38,10 @@ def compressed_mean(
   Wire, per device and update, with `payload(n)` the payload of `n` elements: `"two_hop"` (an
   all-to-all, a float32 mean on the owner of each chunk, an all-gather) sends
   :math:`2 (N-1)\,\mathrm{payload}(d/N)`; `"all_gather"` (each payload to every other device, one
-  rounding) sends :math:`(N-1)\,\mathrm{payload}(d)`. A leaf sharded over inner mesh axes is
-  compressed shard by shard, so nothing crosses those axes.
+  rounding) sends :math:`(N-1)\,\mathrm{payload}(d)`, or with `rand_k(shared_support=True)` the
+  all-reduce of its k floats, :math:`2\frac{N-1}{N} 4k`. Sparse compressors want `"all_gather"`: two
+  hops keep k of what the first k have left. A leaf sharded over inner mesh axes is compressed
+  shard by shard, so nothing crosses those axes.
 
   On restore: `count` is equal everywhere; `residual` differs per device and needs the same number
   of replicas, or a named replica change.

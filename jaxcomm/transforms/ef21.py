@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomm.collectives import allgather_pmean_with_error
 from jaxcomm.compressors import Compressor
+from jaxcomm.transforms._compressed import mean_of_messages
 from jaxcomm.transforms._leafwise import map_leaves
 
 
@@ -81,9 +81,7 @@ def ef21(
 
   def update_leaf(leaf, count, g, own, mean):
     g32 = g.astype(jnp.float32)
-    change, error = allgather_pmean_with_error(
-      g32 - own, axis_name, compressor, key=leaf.key(seed, count)
-    )
+    change, error = mean_of_messages(g32 - own, axis_name, compressor, key=leaf.key(seed, count))
     mean = mean + change
     return mean.astype(g.dtype), g32 - error, mean  # h_i + D(c_i) = g_i - error_i
 

@@ -9,6 +9,7 @@ import optax
 
 from jaxcomm.compressors import Compressor
 from jaxcomm.transforms import _masha
+from jaxcomm.transforms._compressed import mean_of_messages
 from jaxcomm.transforms._leafwise import map_leaves
 
 
@@ -120,7 +121,7 @@ def extragradient(
 
     def mean_leaf(leaf, count, x):
       assert compressor is not None
-      out, _ = _masha.mean_of_messages(x, axis_name, compressor, leaf.key(seed, count))
+      out, _ = mean_of_messages(x, axis_name, compressor, leaf.key(seed, count))
       return (out.astype(x.dtype),)
 
     return map_leaves(mean_leaf, count, value, axis_name=axis_name, specs=specs)[0]
