@@ -92,6 +92,7 @@ def test_bad_flags(script, flags, message):
     script.Config(**flags)
 
 
+@pytest.mark.slow
 def test_help():
   out = subprocess.run(
     [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True

@@ -1,6 +1,7 @@
 """k-means of numbers: an independent Lloyd in float64, and what must be kept."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,17 @@ def sparse(seed, skew=0.0):
   return np.where(np.abs(x) >= np.quantile(np.abs(x), 0.9), x, 0).astype(np.float32)
 
 
-@pytest.mark.parametrize("pin_zero", [False, True])
-@pytest.mark.parametrize(("num_clusters", "num_iters"), [(1, 1), (3, 1), (3, 4), (16, 4)])
+@pytest.mark.parametrize(
+  ("num_clusters", "num_iters", "pin_zero"),
+  [
+    (3, 4, False),
+    (3, 4, True),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in itertools.product((1, 3, 16), (1, 5), (False, True))
+    ),
+  ],
+)
 def test_equals_lloyd(num_clusters, num_iters, pin_zero):
   for seed, skew in ((0, 0.0), (1, 2.0), (2, -5.0)):
     x = sparse(seed, skew)
@@ -62,6 +72,7 @@ def test_equals_lloyd(num_clusters, num_iters, pin_zero):
       assert np.all(centroids[labels[x == 0]])  # small values share the cluster of the zeros
 
 
+@pytest.mark.slow
 def test_the_error_never_grows_with_iterations():
   x = sparse(4)
   for pin_zero in (False, True):

@@ -16,7 +16,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name", [c if c == "default" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_decodes_to_what_fedzip_decodes(name, both, normal):
   compressor = CASES[name]
   x = normal((7, 19)) ** 3
@@ -37,6 +39,7 @@ def test_bytes_by_hand():
     assert top_z_kmeans().payload_bytes((size,)) == want
 
 
+@pytest.mark.slow
 def test_is_a_message_of_collectives(both, normal):
   x, compressor = normal((2, 133)), top_z_kmeans(0.1)
   mean = jax.jit(jax.vmap(lambda v: allgather_pmean(v, "data", compressor), axis_name="data"))(x)

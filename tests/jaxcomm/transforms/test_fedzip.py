@@ -42,10 +42,10 @@ def targets():
 
 def test_everything_kept_is_federated_averaging(targets):
   plain = federated(optax.identity(), targets)
-  for lossless in (fedzip(1.0, SIZE), fedzip(0.01, min_size=SIZE + 1)):
-    np.testing.assert_allclose(federated(lossless, targets), plain, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(federated(fedzip(1.0, SIZE), targets), plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_error_feedback_recovers_what_sparse_updates_lose(targets):
   mean = targets.mean(0)
   far = lambda params: np.abs(params[-1] - mean).max()  # noqa: E731
@@ -77,6 +77,7 @@ def test_outputs_and_residual_add_up_to_the_inputs():
   assert not np.array_equal(out["w"], updates["w"])
 
 
+@pytest.mark.slow
 def test_is_what_the_server_decodes():
   update = {"w": jnp.asarray(np.random.default_rng(2).normal(size=(8, 9)), jnp.float32)}
   tx = fedzip(0.2, pin_zero=False)

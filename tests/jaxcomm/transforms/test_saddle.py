@@ -48,6 +48,7 @@ def test_bad_numbers(numbers):
     saddle_operator(payoff, *numbers)
 
 
+@pytest.mark.slow
 def test_a_missing_sign_is_noticed(game):
   z, key = (jnp.zeros(D), jnp.zeros(D)), jax.random.key(0)
   right = saddle_operator(payoff)
