@@ -21,7 +21,7 @@ from parallel.sharding import (
   named_shardings,
   shard_batch,
 )
-from parallel.zero import ZeroStep, make_zero_step, shard_state
+from parallel.zero import ZeroStep, flat_specs, make_zero_step, shard_state
 
 __all__ = [
   "AXES",
@@ -33,6 +33,7 @@ __all__ = [
   "batch_spec",
   "call_with_auto_axes",
   "clip_by_global_norm",
+  "flat_specs",
   "gather_fsdp",
   "gather_params",
   "make_mesh",

@@ -165,16 +165,15 @@ def make_zero_step(
     ([16.0], (1, 4, 3))
   """
   _check(mesh, plan, dtype, grad_accum)
-  shapes = layer_shapes(jax.eval_shape(init_params, jax.random.key(0)), stacked)
+  params = jax.eval_shape(init_params, jax.random.key(0))
+  shapes = layer_shapes(params, stacked)
   check_elementwise(tx, shapes, axes_of(plan.optimizer))
   parts = StepParts(loss_fn, tx, mesh, plan, jnp.dtype(dtype), shapes, grad_accum, seed)
 
   def init_flat(key):
     return jax.tree.map(parts.flatten, init_params(key), shapes)
 
-  flat = jax.eval_shape(init_flat, jax.random.key(0))
-  axes = axes_of(plan.optimizer)
-  specs = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), axes or None), flat)
+  specs = flat_specs(params, plan, stacked=stacked)
   layout = make_layout(init_flat, tx, mesh, specs, mesh.shape[REPLICA])
 
   def init(key):
@@ -189,6 +188,28 @@ def make_zero_step(
     plan=plan,
     shapes=shapes,
   )
+
+
+def flat_specs(params: Any, plan: PartitionPlan, *, stacked: Any = False) -> Any:
+  """The `PartitionSpec` of each parameter as the optimizer sees it: flat, or [layers, flat].
+
+  For transforms that ask for `specs`, such as `jaxcomm.compressed_mean`.
+
+  Args:
+    params: tree of arrays or `jax.ShapeDtypeStruct`.
+    plan, stacked: as in `make_zero_step`.
+
+  >>> import jax
+  >>> from parallel import PartitionPlan
+  >>> flat_specs({"w": jax.ShapeDtypeStruct((2, 3, 4), "f4")}, PartitionPlan.topo(), stacked=True)
+  {'w': P(None, ('gcd', 'gpu', 'node'))}
+  """
+  axes = axes_of(plan.optimizer) or None
+
+  def spec(x, layer):
+    return P(None, axes) if len(x.shape) > len(layer.shape) else P(axes)
+
+  return jax.tree.map(spec, params, layer_shapes(params, stacked))
 
 
 def shard_state(step: ZeroStep, params: Any) -> TrainState:
