@@ -10,7 +10,7 @@ from jaxcomm.training._progress import format_bytes
 from jaxcomm.training._run_folder import read_metrics
 
 _TRAIN, _EVAL, _DENSE, _TEXT = "#4477aa", "#cc3311", "#888888", "#222222"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
   "font.size": 13,
   "axes.titlesize": 14,
   "axes.labelsize": 14,

@@ -1,5 +1,6 @@
 """Where rows go besides metrics.jsonl: TensorBoard and Weights & Biases."""
 
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -75,13 +76,14 @@ class TensorBoard:
 
   def __init__(self, path: pathlib.Path, rows: Sequence[dict[str, Any]], first_step: int):
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2, summary_pb2
 
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    protocol = importlib.import_module("tensorboardX.proto.event_pb2")
+    summary = importlib.import_module("tensorboardX.proto.summary_pb2")
+    self._event, self._summary = protocol.Event, summary.Summary
     path.mkdir(parents=True, exist_ok=True)
     fresh = not any(path.glob("events.*"))
     self._writer = EventsWriter(str(path / "events"))  # not SummaryWriter: its thread lags behind
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    start = protocol.SessionLog(status=protocol.SessionLog.START)
     self._write(self._event(step=first_step, session_log=start))
     for row in rows if fresh else ():
       self.log(row)
@@ -126,8 +128,7 @@ class WandB:
     config: dict[str, Any],
     rows: Sequence[dict[str, Any]],
   ):
-    import wandb
-
+    wandb = importlib.import_module("wandb")
     file = folder / "wandb.json"
     run_id = json.loads(file.read_text())["id"] if file.exists() else uuid.uuid4().hex[:12]
     try:

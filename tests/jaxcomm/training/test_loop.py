@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 import types
 
 import jax
@@ -292,6 +293,24 @@ def test_only_the_end_is_saved_with_a_period_of_zero(tiny, step, folder):
       step.init(jax.random.key(0))
     )
     assert checkpoints.steps == [3]
+
+
+def test_wall_seconds_go_on_from_those_of_the_checkpoint(tiny):
+  """Of a run whose earlier starts took 1000 s, in a start that began 50 s ago."""
+  recorder, metas = Recorder(), []
+  recorder.save = lambda step, state, meta, **kwargs: metas.append(meta)
+  counters = dict.fromkeys(("loss", "eval_loss", "first_eval_loss"), None)
+  meta = {"iterator": {"taken": 0}, "wire_bytes_total": 0.0, "wall_seconds": 1000.0, **counters}
+  loop = Loop(
+    config(steps=2, save_every=1),
+    recorder,
+    tiny.Batches(),
+    checkpoints=recorder,
+    started=time.perf_counter() - 50,
+  )
+  result = loop.run(recorder.state, meta=meta)
+  first, second, *_ = (m["wall_seconds"] for m in metas)
+  assert 1050 < first < second < result.wall_seconds < 1100
 
 
 # SIGTERM.
