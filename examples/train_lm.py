@@ -16,17 +16,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
+from lm_methods import ROUNDS, MethodConfig, build_transform
 
-import jaxcomm
 from jaxcomm import data
-from jaxcomm.training import RunConfig, Task, TrainStep, launch, make_train_step, run, start_devices
+from jaxcomm.training import Task, TrainStep, launch, make_train_step, run, start_devices
 from models import llama
 from parallel import make_mesh, mesh_specs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(MethodConfig):
   """Flags of `train_lm.py`."""
 
   model: Literal["llama"] = "llama"
@@ -35,30 +34,10 @@ class Config(RunConfig):
     "nano", "tiny", "small", "llama3_2_1b", "llama3_2_3b", "llama3_8b", "llama3_70b", "llama3_405b"
   ] = "tiny"
   """size of the model"""
-  method: Literal["ddp", "diloco", "local_sgd", "none"] = "diloco"
-  """ddp: mean gradient every step; diloco, local_sgd: a mean every --sync-period; none: never"""
-  compressor: Literal["auto", "none", "int8", "int4", "e3m0"] = "auto"
-  """what the mean sends; auto: int4 for diloco, float32 otherwise"""
-  error_feedback: bool = False
-  """carry what compression lost into the next mean"""
-  sync_period: int = 20
-  """steps between two exchanges"""
   batch_size: int = 16
   """sequences per step, over all replicas"""
   seq_len: int = 64
   """tokens per sequence"""
-  lr: float = 4e-3
-  """peak learning rate of AdamW"""
-  outer_lr: float = 0.7
-  """learning rate of DiLoCo's outer SGD"""
-  outer_momentum: float = 0.6
-  """Nesterov momentum of DiLoCo's outer SGD"""
-  warmup: int | None = None
-  """steps of linear warm-up, before a cosine down to a tenth; default 50, or half of a short run"""
-  schedule_steps: int | None = None
-  """length of the learning-rate schedule; default --steps"""
-  weight_decay: float = 0.1
-  """decoupled, of AdamW"""
   data: list[str] = dataclasses.field(default_factory=lambda: ["sympy"])
   """sympy, english-docs; files, folders, globs of text, .jsonl, .parquet; hf:NAME[@REVISION]"""
   data_weights: list[float] = dataclasses.field(default_factory=list)
@@ -82,80 +61,21 @@ class Config(RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("sync_period", "batch_size", "seq_len", "eval_batches", "schedule_steps"):
+    for name in ("batch_size", "seq_len", "eval_batches"):
       if (value := getattr(self, name)) is not None and value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if not 0 <= self.weight_decay < math.inf:
-      raise ValueError(f"`weight_decay` must be finite and at least 0, got {self.weight_decay}.")
-    for name in ("lr", "outer_lr"):
-      if not 0 < getattr(self, name) < math.inf:
-        raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
-    length = self.schedule_steps or self.steps
-    if self.warmup is not None and not 0 <= self.warmup < length:
-      raise ValueError(
-        f"`warmup` must be in [0, {length}), the length of the schedule, got {self.warmup}."
-      )
     weights = self.data_weights
     if weights and (len(weights) != len(self.data) or not all(0 < w < math.inf for w in weights)):
       raise ValueError(
         f"`data_weights` must be a positive number for each of the {len(self.data)} sources in"
         f" `data`, got {weights}."
       )
-    if not 0 <= self.outer_momentum < 1:
-      raise ValueError(f"`outer_momentum` must be in [0, 1), got {self.outer_momentum}.")
     shards = self.replicas * self.data_parallel * self.fsdp
     if self.batch_size % shards:
       raise ValueError(
         f"`batch_size` must be divisible by replicas * data_parallel * fsdp = {shards}, got"
         f" {self.batch_size}."
       )
-    compresses = self.compressor_name != "none"
-    if compresses and self.method == "none":
-      raise ValueError(f"`compressor` has no effect with method 'none', got {self.compressor!r}.")
-    if compresses and self.compressor != "auto" and self.replicas == 1:
-      raise ValueError(
-        f"`compressor` acts between replicas, of which there is one, got {self.compressor!r}."
-      )
-    if self.error_feedback and not compresses:
-      raise ValueError("`error_feedback` needs a `compressor`: nothing is lost without one.")
-
-  @property
-  def compressor_name(self) -> str:
-    """`compressor`, with "auto" resolved."""
-    if self.compressor != "auto":
-      return self.compressor
-    return "int4" if self.method == "diloco" else "none"
-
-
-def build_mean(config: Config, specs) -> optax.GradientTransformation:
-  """The mean over `replica` that the flags ask for."""
-  name = config.compressor_name
-  if name == "none":
-    return jaxcomm.pmean_over("replica")
-  compressor = {"int8": jaxcomm.int8, "int4": jaxcomm.int4, "e3m0": jaxcomm.e3m0}[name]()
-  return jaxcomm.compressed_mean(
-    "replica", compressor, error_feedback=config.error_feedback, specs=specs, seed=config.seed
-  )
-
-
-def build_transform(config: Config, specs) -> optax.GradientTransformation:
-  """The optimizer: the method around AdamW."""
-  steps = config.schedule_steps or config.steps
-  warmup = min(50, steps // 2) if config.warmup is None else config.warmup
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.lr, warmup, steps, end_value=0.1 * config.lr
-  )
-  adamw = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
-  inner = optax.chain(optax.clip_by_global_norm(1.0), adamw)
-  if config.method == "none":
-    return inner
-  mean = build_mean(config, specs)
-  if config.method == "ddp":
-    return optax.chain(mean, inner)
-  if config.method == "local_sgd":
-    return jaxcomm.local_sgd(inner, sync_period=config.sync_period, mean=mean)
-  nesterov = optax.sgd(config.outer_lr, momentum=config.outer_momentum, nesterov=True)
-  return jaxcomm.diloco(inner, optax.chain(mean, nesterov), sync_period=config.sync_period)
 
 
 def load_corpora(config: Config, model: llama.LlamaConfig) -> list[data.TextCorpus]:
@@ -182,12 +102,9 @@ def build_data(config: Config, corpora: list[data.TextCorpus], train_step: Train
     for split in ("train", "validation")
   )
   weights = config.data_weights or [1.0]
+  rows: dict[str, Any] = train_step.local_rows(config.batch_size)
   batches = data.batches(
-    train,
-    weights=weights,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    **train_step.local_rows(config.batch_size),
+    train, weights=weights, batch_size=config.batch_size, seed=config.seed, **rows
   )
   validation = data.mix(validation, weights)
   shards = config.replicas * config.data_parallel * config.fsdp
@@ -230,11 +147,13 @@ def main(config: Config) -> None:
     return llama.init(key, model)
 
   shapes = jax.eval_shape(init, jax.random.key(0))
-  specs = mesh_specs(llama.specs(model), shapes, mesh)
+  axes = llama.specs(model)
+  specs = mesh_specs(axes, shapes, mesh)
+  stacked = jax.tree.map(lambda names: int("layers" in names), axes)
   train_step = make_train_step(
     build_loss(config, model),
     init,
-    build_transform(config, specs),
+    build_transform(config, specs, mesh, stacked),
     mesh,
     param_specs=specs,
     num_replicas=config.replicas,
@@ -243,7 +162,6 @@ def main(config: Config) -> None:
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32
-  rounds = config.sync_period if config.method in ("diloco", "local_sgd") else None
   run(
     config,
     Task(
@@ -253,10 +171,10 @@ def main(config: Config) -> None:
       batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
       tokens_per_step=math.prod(rows),
       flops_per_step=math.prod(rows) * llama.flops_per_token(model, config.seq_len),
-      sync_period=rounds,
+      exchange_shares=config.exchange_shares,
       data=data.provenance(corpora),
       title=f"train_lm: {config.preset} {config.model}, {config.method}"
-      + (f" every {rounds} steps" if rounds else ""),
+      + (f" every {config.sync_period} steps" if config.method in ROUNDS else ""),
     ),
   )
 

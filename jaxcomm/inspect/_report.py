@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+_MAX_PATHS = 4096
+
 
 class Branch(NamedTuple):
   """Branch number `index` of the `num_branches` of the HLO instruction `conditional`."""
@@ -98,6 +100,17 @@ class WireReport:
     """
     return _sums(self.ops_when(taken), "axis")
 
+  def by_axis_of_paths(self) -> list[dict[str, float]]:
+    """Bytes per mesh axis for every way through the conditionals.
+
+    One dict for a program without conditionals that send; for one conditional, one per branch;
+    independent conditionals multiply.
+
+    Raises:
+      ValueError: there are more than 4096 ways.
+    """
+    return [_sums(path, "axis") for path in _paths(self.ops, 0)]
+
   def ops_when(self, taken: bool) -> tuple[CollectiveOp, ...]:
     """The part of `ops` that runs when conditionals are taken (heaviest branch) or not (lightest).
 
@@ -135,19 +148,39 @@ class WireReport:
 
 def _executed(ops: Iterable[CollectiveOp], taken: bool, depth: int) -> list[CollectiveOp]:
   """The ops outside conditionals at this depth, and those of one branch of each conditional."""
-  chosen: list[CollectiveOp] = []
-  branches: dict[str, list[list[CollectiveOp]]] = {}
+  chosen, conditionals = _at_depth(ops, depth)
+  for branches in conditionals.values():
+    executed = [_executed(branch, taken, depth + 1) for branch in branches]
+    chosen += max(executed, key=_total) if taken else min(executed, key=_total)
+  return chosen
+
+
+def _paths(ops: Iterable[CollectiveOp], depth: int) -> list[list[CollectiveOp]]:
+  """What runs, for every choice of branches."""
+  chosen, conditionals = _at_depth(ops, depth)
+  paths = [chosen]
+  for branches in conditionals.values():
+    ways = [way for branch in branches for way in _paths(branch, depth + 1)]
+    if len(paths) * len(ways) > _MAX_PATHS:
+      raise ValueError(f"the program has more than {_MAX_PATHS} ways through its conditionals.")
+    paths = [path + way for path in paths for way in ways]
+  return paths
+
+
+def _at_depth(
+  ops: Iterable[CollectiveOp], depth: int
+) -> tuple[list[CollectiveOp], dict[str, list[list[CollectiveOp]]]]:
+  """The ops outside conditionals at this depth, and those of every branch of each conditional."""
+  outside: list[CollectiveOp] = []
+  conditionals: dict[str, list[list[CollectiveOp]]] = {}
   for op in ops:
     if len(op.branch) == depth:
-      chosen.append(op)
+      outside.append(op)
     else:
       branch = op.branch[depth]
       empty = [[] for _ in range(branch.num_branches)]
-      branches.setdefault(branch.conditional, empty)[branch.index].append(op)
-  for alternatives in branches.values():
-    executed = [_executed(alternative, taken, depth + 1) for alternative in alternatives]
-    chosen += max(executed, key=_total) if taken else min(executed, key=_total)
-  return chosen
+      conditionals.setdefault(branch.conditional, empty)[branch.index].append(op)
+  return outside, conditionals
 
 
 def _total(ops: Iterable[CollectiveOp]) -> float:

@@ -59,12 +59,12 @@ def describe_wire(task: Task, wire: StepWire, step_seconds: float, how: str) -> 
   """Bytes per step and axis, and the link speed below which the method wins."""
   kind = "logical, " if wire.logical else ""
   lines = [f"bytes sent per device and step ({kind}mean over a round):"]
-  per_step = wire.per_step(task.sync_period)
+  per_step = wire.per_step(task.exchange_shares)
   lines += [f"  {axis:<10} {format_bytes(sent)}" for axis, sent in per_step.items()]
   sent = per_step.get("replica", 0.0)
   ratio = f", {wire.dense / sent:,.1f} times as much" if sent else ""
   lines.append(f"  data parallel over replica would send {format_bytes(wire.dense)}{ratio}")
-  speed = wire.break_even(task.sync_period, step_seconds)
+  speed = wire.break_even(task.exchange_shares, step_seconds)
   claim = f"below {speed * 8 / 1e6:,.1f} Mbit/s per device" if speed > 0 else "at no link speed"
   lines.append(
     f"faster than data parallel {claim} (at {1000 * step_seconds:.1f} ms of computation per step,"

@@ -203,9 +203,9 @@ class Loop:
 
   def _read(self, step: int, metrics: dict[str, jax.Array], eval_loss: float | None) -> None:
     """Waits for a step's metrics, checks, counts and logs them."""
-    synced = bool(metrics.get("synced", False))
+    level = int(metrics.get("level", 0))
     if self._wire is not None:
-      self._wire_total += self._wire.sent(synced)
+      self._wire_total += self._wire.sent(level)
     wanted = self._due(step, self._config.log_every) or eval_loss is not None
     if not wanted and jax.process_count() > 1:
       return  # reading would need all processes
@@ -216,18 +216,18 @@ class Loop:
     if eval_loss is not None:
       self._eval_loss = eval_loss
     if wanted:
-      self._log_step(step, values, synced, eval_loss)
+      self._log_step(step, values, level, eval_loss)
     elif self._progress is not None:
       self._progress.advance(step)
 
-  def _log_step(self, step, values, synced, eval_loss) -> None:
+  def _log_step(self, step, values, level, eval_loss) -> None:
     now = time.perf_counter()
     last_step, last_time = self._logged_at
     self._logged_at = (step, now)
     tokens = (step - last_step) * self._config.tokens_per_step
     row = {"step": step, **values, "tokens_per_s": round(tokens / max(now - last_time, 1e-9), 1)}
     if self._wire is not None:
-      row |= {"wire_bytes": self._wire.sent(synced), "wire_bytes_total": self._wire_total}
+      row |= {"wire_bytes": self._wire.sent(level), "wire_bytes_total": self._wire_total}
     if eval_loss is not None:
       row["eval_loss"] = eval_loss
     self._log(row)

@@ -23,5 +23,5 @@ def on_host(metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def means(metrics: dict[str, jax.Array]) -> dict[str, float]:
-  host = on_host({k: v for k, v in metrics.items() if k != "synced"})
+  host = on_host({k: v for k, v in metrics.items() if k not in ("synced", "level")})
   return {k: float(v.astype(np.float64).mean()) for k, v in host.items()}

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -49,7 +49,8 @@ class Task:
     batch_shapes: `jax.ShapeDtypeStruct`s of a global batch.
     tokens_per_step: over all replicas.
     flops_per_step: over all replicas, forward and backward, for the estimates before the start.
-    sync_period: steps per round; None if every step exchanges, or none does.
+    exchange_shares: share of the steps at each level of exchange (`exchange_level`), for the means
+      that are printed: (1,) if all steps send the same, (1 - 1 / H, 1 / H) for rounds of H.
     data: `name` and `sha256` of the data, for the summary.
     title: one line that names the run.
   """
@@ -60,7 +61,7 @@ class Task:
   batch_shapes: Any
   tokens_per_step: int
   flops_per_step: float
-  sync_period: int | None
+  exchange_shares: Sequence[float]
   data: dict[str, str]
   title: str
 
@@ -266,7 +267,7 @@ def _summary(task: Task, wire: StepWire, result: LoopResult) -> dict[str, Any]:
     "final_loss": result.loss,
     "eval_loss": result.eval_loss,
     "first_eval_loss": result.first_eval_loss,
-    "wire_bytes_per_step": wire.per_step(task.sync_period),
+    "wire_bytes_per_step": wire.per_step(task.exchange_shares),
     "dense_wire_bytes_per_step": wire.dense,
     "wire_bytes_total": result.wire_bytes_total,
     "wire_bytes_logical": wire.logical,

@@ -14,7 +14,7 @@ import optax
 
 from jaxcomm import _axes
 from jaxcomm.training._layout import Layout, TrainState, init_state, make_layout
-from jaxcomm.transforms import apply_updates, just_synced
+from jaxcomm.transforms import apply_updates, exchange_level, just_synced
 from jaxcomm.transforms._local_updates import at_outer_params
 
 P = jax.sharding.PartitionSpec
@@ -29,7 +29,8 @@ class TrainStep:
     init: `init(key) -> TrainState`, sharded: no device holds more than its part.
     step: `step(state, batch) -> (state, metrics)`, jitted, donates `state`. Metrics are float32[R],
       one value per replica (nothing crosses the slow link for them); `synced`, bool[], says
-      whether this step ended a round, if the method has rounds.
+      whether this step ended a round, if the method has rounds; `level`, int32[], how much it
+      exchanged (`exchange_level`), unless every step exchanges the same.
     evaluate: `evaluate(state, batch) -> {"loss_sum", "tokens"}`, float32[R] each: at the outer
       parameters where the method keeps them, else at each replica's own; every replica takes its
       rows of the batch.
@@ -149,8 +150,8 @@ def make_train_step(
 
   def step(state, batch):
     state, metrics = layout.over_replicas(local_step)(state, batch)
-    synced = just_synced(state.opt_state)
-    return state, metrics if synced is None else {**metrics, "synced": synced}
+    found = {"synced": just_synced(state.opt_state), "level": exchange_level(state.opt_state)}
+    return state, metrics | {name: x for name, x in found.items() if x is not None}
 
   def init(key):
     return layout.stack(init_state(init_params, tx, key))

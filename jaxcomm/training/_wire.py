@@ -1,7 +1,8 @@
-"""What a training step sends: read from the compiled step, split by whether a round ends."""
+"""What a training step sends: read from the compiled step, by how much of it a step exchanges."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,37 +22,38 @@ class StepWire:
   """Bytes that one device sends in one training step, by mesh axis.
 
   Attributes:
-    always: bytes per axis of every step.
-    on_sync: further bytes per axis of a step that ends a round.
+    levels: bytes per axis of a step, for every level of exchange that the compiled step has, in
+      rising order: one if all steps send the same; two for a method with rounds (0 for a local
+      step, 1 for a step that ends a round). `jaxcomm.transforms.exchange_level` says which a step
+      had.
     dense: bytes over `replica` of plain data parallelism: the float32 mean of all
       gradients, every step.
     logical: replicas are stacked on the devices, so that these bytes would cross the wire if each
       had its own; read from the same update compiled for one device per replica.
   """
 
-  always: dict[str, float]
-  on_sync: dict[str, float]
+  levels: tuple[dict[str, float], ...]
   dense: float
   logical: bool
 
-  def sent(self, synced: bool) -> float:
-    """Bytes per device of a step, given whether it ended a round."""
-    return sum(self.always.values()) + (sum(self.on_sync.values()) if synced else 0.0)
+  def sent(self, level: int) -> float:
+    """Bytes per device of a step with this level of exchange."""
+    return sum(_at(self.levels, level).values())
 
-  def per_step(self, sync_period: int | None) -> dict[str, float]:
-    """Mean bytes per step and axis, with a round every `sync_period` steps (None: no rounds)."""
-    axes = sorted(self.always.keys() | self.on_sync.keys())
-    share = 0.0 if sync_period is None else 1.0 / sync_period
-    return {a: self.always.get(a, 0.0) + share * self.on_sync.get(a, 0.0) for a in axes}
+  def per_step(self, shares: Sequence[float]) -> dict[str, float]:
+    """Mean bytes per step and axis, if `shares[i]` of the steps have level i."""
+    levels = [_at(self.levels, i) for i in range(len(shares))]
+    axes = sorted({axis for level in levels for axis in level})
+    return {a: sum(w * x.get(a, 0.0) for w, x in zip(shares, levels)) for a in axes}
 
-  def break_even(self, sync_period: int | None, step_seconds: float) -> float:
+  def break_even(self, shares: Sequence[float], step_seconds: float) -> float:
     """Link speed, bytes/s, below which the method beats plain data parallelism.
 
     Data parallelism is granted perfect overlap, `max(t, dense / v)` per step at speed `v`, and the
     method none, `t + sent / v`: they are equal at `v = (dense - sent) / t`. Zero or less means
     that the method never wins.
     """
-    sent = self.per_step(sync_period).get("replica", 0.0)
+    sent = self.per_step(shares).get("replica", 0.0)
     return (self.dense - sent) / step_seconds
 
 
@@ -67,30 +69,34 @@ def step_wire(train_step: TrainStep, compiled: jax.stages.Compiled) -> StepWire:
       the update alone is compiled: set `jax_num_cpu_devices`.
   """
   layout = train_step.layout
-  report = collective_bytes(compiled, layout.mesh)
-  always, on_sync = _split(report)
+  levels = _levels(collective_bytes(compiled, layout.mesh))
   if layout.stacked:
-    logical_always, logical_on_sync = _split(_logical_report(train_step.tx, train_step))
-    always = always | {a: b for a, b in logical_always.items() if "replica" in a}
-    on_sync = on_sync | {a: b for a, b in logical_on_sync.items() if "replica" in a}
+    logical = _levels(_logical_report(train_step.tx, train_step))
+    inner = [{a: x for a, x in level.items() if "replica" not in a} for level in levels]
+    outer = [{a: x for a, x in level.items() if "replica" in a} for level in logical]
+    last = max(len(inner), len(outer))
+    levels = tuple(_at(inner, i) | _at(outer, i) for i in range(last))
     dense = _logical_report(optax.chain(pmean_over("replica"), optax.sgd(1.0)), train_step)
   else:
     dense = _update_report(
       optax.chain(pmean_over("replica"), optax.sgd(1.0)), train_step, layout.mesh
     )
-  return StepWire(
-    always=always,
-    on_sync=on_sync,
-    dense=dense.by_axis.get("replica", 0.0),
-    logical=layout.stacked,
-  )
+  return StepWire(levels=levels, dense=dense.by_axis.get("replica", 0.0), logical=layout.stacked)
 
 
-def _split(report: WireReport) -> tuple[dict[str, float], dict[str, float]]:
-  always = report.by_axis_when(False)
-  full = report.by_axis_when(True)
-  extra = {a: full[a] - always.get(a, 0.0) for a in full}
-  return dict(always), {a: b for a, b in extra.items() if b}
+def _at(levels: Sequence[dict[str, float]], i: int) -> dict[str, float]:
+  return levels[min(i, len(levels) - 1)]
+
+
+def _levels(report: WireReport) -> tuple[dict[str, float], ...]:
+  """Bytes per axis of everything that the step may send, in rising order of the sum.
+
+  Independent conditionals (two methods with rounds of their own) could be combined in many ways:
+  then only nothing of it and all of it.
+  """
+  found = {sum(x.values()): x for x in report.by_axis_of_paths()}
+  levels = tuple(dict(found[total]) for total in sorted(found))
+  return levels if len(levels) <= 3 else (levels[0], levels[-1])
 
 
 def _logical_report(tx: optax.GradientTransformation, train_step: TrainStep) -> WireReport:

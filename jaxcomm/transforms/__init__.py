@@ -3,6 +3,7 @@
 from jaxcomm.transforms._local_updates import (
   LocalUpdatesState,
   apply_updates,
+  exchange_level,
   just_synced,
   outer_params,
 )
@@ -31,7 +32,11 @@ from jaxcomm.transforms.sign_majority import (
   sign_majority,
   sign_majority_bytes,
 )
-from jaxcomm.transforms.zero_one_adam import ZeroOneAdamState, zero_one_adam
+from jaxcomm.transforms.zero_one_adam import (
+  ZeroOneAdamState,
+  zero_one_adam,
+  zero_one_adam_levels,
+)
 
 __all__ = [
   "CompressedMeanState",
@@ -55,6 +60,7 @@ __all__ = [
   "draw_refresh",
   "ef21",
   "error_feedback",
+  "exchange_level",
   "extragradient",
   "fedzip",
   "gap_bilinear",
@@ -73,4 +79,5 @@ __all__ = [
   "sign_majority",
   "sign_majority_bytes",
   "zero_one_adam",
+  "zero_one_adam_levels",
 ]

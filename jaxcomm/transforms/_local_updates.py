@@ -106,6 +106,27 @@ def just_synced(opt_state: Any) -> jax.Array | None:
   return functools.reduce(jnp.logical_or, synced) if synced else None
 
 
+def exchange_level(opt_state: Any) -> jax.Array | None:
+  """int32[]: how much the last update sent, from 0; None if every update sends the same.
+
+  1 for the end of a round (`just_synced`), and one more for an exact mean in place of a compressed
+  one (the states of `one_bit_adam` and `zero_one_adam` have a field `exact`).
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> from jaxcomm import local_sgd
+    >>> from jaxcomm.transforms import exchange_level
+    >>> tx = local_sgd(optax.sgd(0.1), sync_period=4)
+    >>> int(exchange_level(tx.init({"w": jnp.ones(2)})))
+    0
+  """
+  tells = lambda x: hasattr(x, "exact")  # noqa: E731
+  levels = [x.exact for x in jax.tree.leaves(opt_state, is_leaf=tells) if tells(x)]
+  if (synced := just_synced(opt_state)) is not None:
+    levels.append(synced)
+  return functools.reduce(jnp.add, [x.astype(jnp.int32) for x in levels]) if levels else None
+
+
 def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) -> optax.Params:
   """`optax.apply_updates`, and after a synchronisation exactly the outer parameters.
 

@@ -21,12 +21,14 @@ class OneBitAdamState(NamedTuple):
     mu: like the parameters, float32, equal on all devices: the mean momentum.
     nu: like the parameters, float32, equal on all devices: the variance, frozen after the warm-up.
     mean_state: of `mean`; its residual differs per device.
+    exact: bool[], equal on all devices; whether the last update took an exact mean.
   """
 
   count: jax.Array
   mu: optax.Updates
   nu: optax.Updates
   mean_state: optax.OptState
+  exact: jax.Array
 
 
 def one_bit_adam(
@@ -115,7 +117,8 @@ def _momentum_in_signs(axis_name, warmup_steps, b1, b2, eps, mean):
   def init_fn(params):
     zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
     nu = jax.tree.map(jnp.copy, zeros)
-    return OneBitAdamState(jnp.zeros((), jnp.int32), zeros, nu, mean.init(zeros))
+    count, exact = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool_)
+    return OneBitAdamState(count, zeros, nu, mean.init(zeros), exact)
 
   def update_fn(updates, state, params=None):
     del params
@@ -135,13 +138,14 @@ def _momentum_in_signs(axis_name, warmup_steps, b1, b2, eps, mean):
       return mu, nu, mean_state
 
     args = (grads, state.mu, state.nu, state.mean_state)
-    mu, nu, mean_state = _axes.cond(state.count < warmup_steps, warm_up, signs, *args)
+    exact = state.count < warmup_steps
+    mu, nu, mean_state = _axes.cond(exact, warm_up, signs, *args)
     count = jnp.asarray(optax.safe_increment(state.count))
     mu_hat = optax.tree.bias_correction(mu, b1, count)
     nu_hat = optax.tree.bias_correction(nu, b2, jnp.minimum(count, warmup_steps))
     steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
     steps = optax.tree.cast_like(steps, updates)
-    return steps, OneBitAdamState(count, mu, nu, mean_state)
+    return steps, OneBitAdamState(count, mu, nu, mean_state, exact)
 
   return optax.GradientTransformation(init_fn, update_fn)
 

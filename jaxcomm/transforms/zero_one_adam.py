@@ -32,6 +32,7 @@ class ZeroOneAdamState(NamedTuple):
     local: `Interval` between exchanges after the freeze, equal on all devices.
     rate_sum: float32[], equal on all devices: learning rates since the last exchange.
     mean_state: of `mean`; its residual differs per device.
+    exact: bool[], equal on all devices: whether the last update took an exact mean.
   """
 
   nu: optax.Updates
@@ -40,6 +41,7 @@ class ZeroOneAdamState(NamedTuple):
   local: Interval
   rate_sum: jax.Array
   mean_state: optax.OptState
+  exact: jax.Array
 
 
 def zero_one_adam(
@@ -138,6 +140,36 @@ def zero_one_adam(
   return optax.GradientTransformation(method.init, method.update)
 
 
+def zero_one_adam_levels(
+  num_updates: int,
+  *,
+  var_freeze_step: int,
+  var_update_scaler: int = 16,
+  local_step_scaler: int = 32768,
+  local_step_clipper: int = 16,
+) -> tuple[int, int, int]:
+  """How many of the first updates of `zero_one_adam` send nothing, signs, and exact means.
+
+  These are the levels 0, 1 and 2 of `exchange_level`.
+
+  >>> from jaxcomm.transforms import zero_one_adam_levels
+  >>> zero_one_adam_levels(100, var_freeze_step=20, var_update_scaler=4, local_step_scaler=16)
+  (49, 41, 10)
+  """
+  counts = [0, 0, 0]
+  every, hits, scaler, longest = 1, 0, var_update_scaler, 2**30
+  for update in range(1, num_updates + 1):
+    local = update > var_freeze_step
+    if update == var_freeze_step + 1:
+      every, hits, scaler, longest = 1, 0, local_step_scaler, local_step_clipper
+    hit = update % every == 0
+    counts[int(hit) if local else 1 + int(hit)] += 1
+    hits += local or hit
+    if hits >= scaler:
+      every, hits = min(2 * every, longest), 0
+  return counts[0], counts[1], counts[2]
+
+
 @dataclasses.dataclass(frozen=True)
 class _ZeroOneAdam:
   """Init and update; fields as the arguments of `zero_one_adam`."""
@@ -164,6 +196,7 @@ class _ZeroOneAdam:
       local=Interval(jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32)),
       rate_sum=jnp.zeros((), jnp.float32),
       mean_state=self.mean.init(zeros),
+      exact=jnp.zeros((), jnp.bool_),
     )
     anchor = optax.tree.cast(params, jnp.float32)
     anchor = jax.tree.map(jnp.copy, anchor)  # donation: never the parameters' own buffer
@@ -206,6 +239,7 @@ class _ZeroOneAdam:
       num_nu=own.num_nu + exact,
       variance=_hit(own.variance, exact, self.var_update_scaler),
       mean_state=mean_state,
+      exact=exact,
     )
     mu = optax.tree.update_moment(grads, mu, self.b1, 1)
     anchor = self._step(count, rate, anchor, mu, own)
@@ -220,6 +254,7 @@ class _ZeroOneAdam:
       local=_hit(own.local, True, self.local_step_scaler, self.local_step_clipper),
       rate_sum=own.rate_sum + rate,
       mean_state=jax.tree.map(functools.partial(jnp.where, first), fresh, own.mean_state),
+      exact=jnp.zeros((), jnp.bool_),
     )
     mu = optax.tree.update_moment(grads, mu, self.b1, 1)
     local = self._step(count, rate, params, mu, own)

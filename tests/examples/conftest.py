@@ -17,6 +17,7 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"
 @pytest.fixture(scope="session")
 def script():
   assert len(jax.devices()) == 8  # started here, so that the script does not choose their number
+  sys.path.insert(0, str(SCRIPT.parent))  # as for a script
   spec = importlib.util.spec_from_file_location("train_lm", SCRIPT)
   assert spec is not None
   assert spec.loader is not None
@@ -25,6 +26,7 @@ def script():
   spec.loader.exec_module(module)
   yield module
   del sys.modules["train_lm"]
+  sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,9 @@ from jaxcomm.training import (
   tree_digest,
 )
 
-WIRE = StepWire(always={"fsdp": 10.0}, on_sync={"replica": 300.0}, dense=1000.0, logical=False)
+WIRE = StepWire(
+  levels=({"fsdp": 10.0}, {"fsdp": 10.0, "replica": 300.0}), dense=1000.0, logical=False
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcomm import compressed_mean, diloco, e3m0, int4, int8, local_sgd, pmean_over
+from jaxcomm import compressed_mean, diloco, e3m0, int4, int8, local_sgd, pmean_over, zero_one_adam
 from jaxcomm.collectives import allgather_pmean_bytes, compressed_pmean_bytes
+from jaxcomm.compressors import scaled_sign
 from jaxcomm.inspect import all_reduce_bytes, collective_bytes
 from jaxcomm.training import StepWire, make_train_step, step_wire
+from jaxcomm.transforms import zero_one_adam_levels
 
 AxisType = jax.sharding.AxisType
 P = jax.P
@@ -148,8 +150,7 @@ def test_diloco_sends_a_hundredth_of_data_parallelism():
   wire = step_wire(ts, compiled)
   base = make_step(ddp())
   dense = step_wire(base, base.compile(BATCH))
-  assert dense.always == {"replica": dense_bytes(SHAPES)}
-  assert dense.on_sync == {}
+  assert dense.levels == ({"replica": dense_bytes(SHAPES)},)
   assert dense.dense == wire.dense == dense_bytes(SHAPES)
   assert not wire.logical
 
@@ -158,10 +159,11 @@ def test_diloco_sends_a_hundredth_of_data_parallelism():
   batch = jax.device_put(BATCH, ts.batch_sharding)
   for _ in range(PERIOD):
     state, metrics = compiled(state, batch)
-    sent += wire.sent(bool(metrics["synced"]))
+    sent += wire.sent(int(metrics["level"]))
   assert sent == sum(compressed_pmean_bytes(s, REPLICAS, int4()) for s in SHAPES.values())
-  assert sent / PERIOD <= dense.sent(False) / 100
-  np.testing.assert_allclose(wire.per_step(PERIOD)["replica"], sent / PERIOD)
+  assert sent / PERIOD <= dense.sent(0) / 100
+  shares = (1 - 1 / PERIOD, 1 / PERIOD)
+  np.testing.assert_allclose(wire.per_step(shares)["replica"], sent / PERIOD)
 
 
 STACKED = {
@@ -182,8 +184,7 @@ def test_stacked_replicas_report_the_bytes_of_real_ones(method):
     wires.append(step_wire(ts, ts.compile(BATCH)))
   logical, real = wires
   assert (logical.logical, real.logical) == (True, False)
-  assert logical.always == real.always
-  assert logical.on_sync == real.on_sync
+  assert logical.levels == real.levels
   assert logical.dense == real.dense > 0
 
 
@@ -193,8 +194,9 @@ def test_stacked_replicas_on_two_devices():
   ts = make_step(tx, stacked=True, fsdp=2)
   wire = step_wire(ts, ts.compile(BATCH))
   assert wire.logical
-  assert set(wire.always) == {"fsdp"}
-  assert wire.on_sync == {"replica": dense_bytes(local_shapes(fsdp=2))}
+  local, synced = wire.levels
+  assert set(local) == {"fsdp"}
+  assert synced == local | {"replica": dense_bytes(local_shapes(fsdp=2))}
   assert wire.dense == dense_bytes(local_shapes(fsdp=2))
 
 
@@ -206,16 +208,34 @@ def test_dense_counts_shards_where_parameters_are_sharded():
 
 def test_arithmetic():
   wire = StepWire(
-    always={"fsdp": 100.0}, on_sync={"replica": 40.0, "fsdp": 20.0}, dense=1000.0, logical=False
+    levels=({"fsdp": 100.0}, {"replica": 40.0, "fsdp": 120.0}), dense=1000.0, logical=False
   )
-  assert wire.sent(False) == 100
-  assert wire.sent(True) == 160
-  assert wire.per_step(4) == {"fsdp": 105.0, "replica": 10.0}
-  assert wire.per_step(None) == {"fsdp": 100.0, "replica": 0.0}
+  assert wire.sent(0) == 100
+  assert wire.sent(1) == 160
+  assert wire.per_step((0.75, 0.25)) == {"fsdp": 105.0, "replica": 10.0}
+  assert wire.per_step((1.0,)) == {"fsdp": 100.0}
   # At 495 bytes/s: data parallelism 1000 / 495 s; the method 2 s + 10 / 495 s: equal.
-  assert wire.break_even(4, step_seconds=2.0) == 495.0
-  ddp_wire = StepWire(always={"replica": 1000.0}, on_sync={}, dense=1000.0, logical=False)
-  assert ddp_wire.break_even(None, step_seconds=2.0) == 0
+  assert wire.break_even((0.75, 0.25), step_seconds=2.0) == 495.0
+  ddp_wire = StepWire(levels=({"replica": 1000.0},), dense=1000.0, logical=False)
+  assert ddp_wire.break_even((1.0,), step_seconds=2.0) == 0
+
+
+@pytest.mark.slow
+def test_every_level_of_exchange_is_counted():
+  """0/1 Adam sends exact means, signs or nothing: each step counts what its branch sends."""
+  schedule = {"var_freeze_step": 6, "var_update_scaler": 2, "local_step_scaler": 3}
+  ts = make_step(zero_one_adam(1e-3, "replica", **schedule))
+  compiled = ts.compile(BATCH)
+  wire = step_wire(ts, compiled)
+  signs = sum(compressed_pmean_bytes(s, REPLICAS, scaled_sign("rms")) for s in SHAPES.values())
+  assert [level.get("replica", 0) for level in wire.levels] == [0, signs, dense_bytes(SHAPES)]
+  state, levels = ts.init(jax.random.key(0)), []
+  batch = jax.device_put(BATCH, ts.batch_sharding)
+  for _ in range(14):
+    state, metrics = compiled(state, batch)
+    levels.append(int(metrics["level"]))
+  assert tuple(levels.count(i) for i in range(3)) == zero_one_adam_levels(14, **schedule)
+  assert len(set(levels)) == 3
 
 
 def test_more_stacked_replicas_than_cpu_devices():

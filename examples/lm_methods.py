@@ -1,0 +1,233 @@
+"""Flags of the methods of `train_lm.py`, and the optax transform that they ask for."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import optax
+
+import jaxcomm
+from jaxcomm import compressors
+from jaxcomm.training import RunConfig
+from jaxcomm.transforms import zero_one_adam_levels
+
+SPARSE = ("rand_k", "top_k")
+ROUNDS = ("diloco", "local_sgd")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodConfig(RunConfig):
+  """Flags that choose what crosses the slow link, and when."""
+
+  method: Literal[
+    "ddp", "diloco", "local_sgd", "none",
+    "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
+  ] = "diloco"  # fmt: skip
+  """ddp: mean gradient every step; diloco, local_sgd: a mean every --sync-period; none: never; the
+  others compress what ddp sends"""
+  compressor: Literal[
+    "auto", "none", "int8", "int4", "fp8", "e3m0", "natural", "qsgd", "sign", "top_k", "rand_k"
+  ] = "auto"
+  """what a mean sends; auto: int4 for diloco, top_k for ef21, float32 otherwise"""
+  rounding: Literal["nearest", "stochastic"] = "nearest"
+  """of int8, int4, fp8 and e3m0"""
+  keep_ratio: float = 0.01
+  """share of the values that top_k and rand_k send"""
+  error_feedback: bool = False
+  """carry what compression lost into the next mean"""
+  sync_period: int = 20
+  """steps between two exchanges of diloco and local_sgd"""
+  lr: float = 4e-3
+  """peak learning rate"""
+  outer_lr: float = 0.7
+  """learning rate of DiLoCo's outer SGD"""
+  outer_momentum: float = 0.6
+  """Nesterov momentum of DiLoCo's outer SGD"""
+  warmup: int | None = None
+  """steps of linear warm-up, before a cosine down to a tenth; default 50, or half of a short run"""
+  schedule_steps: int | None = None
+  """length of the learning-rate schedule; default --steps"""
+  weight_decay: float = 0.1
+  """decoupled, of AdamW"""
+  rank: int = 4
+  """of the two factors that powersgd sends"""
+  exact_steps: int | None = None
+  """steps with float32 means before one_bit_adam sends signs, or before zero_one_adam freezes its
+  variances; default a fifth of the schedule"""
+  demo_topk: int = 32
+  """coefficients that demo sends of each chunk of 64 x 64"""
+  demo_decay: float = 0.999
+  """decay of what demo has not sent"""
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ("sync_period", "schedule_steps", "rank", "exact_steps", "demo_topk"):
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not 0 <= self.weight_decay < math.inf:
+      raise ValueError(f"`weight_decay` must be finite and at least 0, got {self.weight_decay}.")
+    for name in ("lr", "outer_lr"):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+    if self.warmup is not None and not 0 <= self.warmup < self.schedule_length:
+      raise ValueError(
+        f"`warmup` must be in [0, {self.schedule_length}), the length of the schedule, got"
+        f" {self.warmup}."
+      )
+    for name in ("outer_momentum", "demo_decay"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+    if not 0 < self.keep_ratio <= 1:
+      raise ValueError(f"`keep_ratio` must be in (0, 1], got {self.keep_ratio}.")
+    self._check_compressor()
+
+  def _check_compressor(self):
+    name = self.compressor_name
+    takes = self.method in ("ddp", "diloco", "local_sgd", "ef21")
+    if self.compressor not in ("auto", "none") and not takes:
+      raise ValueError(
+        f"`compressor` has no effect with method {self.method!r}, got {self.compressor!r}."
+      )
+    if self.compressor not in ("auto", "none") and self.replicas == 1:
+      raise ValueError(
+        f"`compressor` acts between replicas, of which there is one, got {self.compressor!r}."
+      )
+    if self.method == "ef21" and name == "none":
+      raise ValueError("`compressor` must not be 'none' with method 'ef21'.")
+    if self.error_feedback and (name == "none" or self.method == "ef21"):
+      raise ValueError(
+        "`error_feedback` needs a `compressor`, and another method than ef21, got compressor"
+        f" {name!r} and method {self.method!r}."
+      )
+    if self.rounding != "nearest" and name not in ("int8", "int4", "fp8", "e3m0"):
+      raise ValueError(f"`rounding` has no effect on compressor {name!r}, got {self.rounding!r}.")
+
+  @property
+  def compressor_name(self) -> str:
+    """`compressor`, with "auto" resolved."""
+    if self.compressor != "auto":
+      return self.compressor
+    return {"diloco": "int4", "ef21": "top_k"}.get(self.method, "none")
+
+  @property
+  def schedule_length(self) -> int:
+    """Steps of the learning-rate schedule."""
+    return self.schedule_steps or self.steps
+
+  @property
+  def num_exact_steps(self) -> int:
+    """`exact_steps`, or its default."""
+    return self.exact_steps or max(1, self.schedule_length // 5)
+
+  @property
+  def exchange_shares(self) -> tuple[float, ...]:
+    """Share of the steps at each level of exchange, see `jaxcomm.transforms.exchange_level`."""
+    if self.method in ROUNDS:
+      return 1 - 1 / self.sync_period, 1 / self.sync_period
+    exact = self.num_exact_steps
+    if self.method == "one_bit_adam":
+      return 1 - min(exact, self.steps) / self.steps, min(exact, self.steps) / self.steps
+    if self.method == "zero_one_adam":
+      levels = zero_one_adam_levels(self.steps, var_freeze_step=exact)
+      return tuple(level / self.steps for level in levels)
+    return (1.0,)
+
+
+def build_compressor(config: MethodConfig) -> compressors.Compressor:
+  """The compressor that the flags name."""
+  name, rounding = config.compressor_name, config.rounding
+  if name in ("int8", "int4", "e3m0", "fp8"):
+    return getattr(compressors, name)(rounding=rounding)
+  if name == "top_k":
+    return compressors.top_k(ratio=config.keep_ratio)
+  if name == "rand_k":  # feedback needs a contractive compressor
+    feedback = config.error_feedback or config.method == "ef21"
+    return compressors.rand_k(ratio=config.keep_ratio, scaled=not feedback)
+  if name == "sign":
+    return compressors.scaled_sign()
+  if name == "qsgd":
+    return compressors.qsgd(levels=15)
+  return compressors.natural()
+
+
+def build_mean(config: MethodConfig, specs: Any) -> optax.GradientTransformation:
+  """The mean over `replica` that the flags ask for."""
+  if config.compressor_name == "none":
+    return jaxcomm.pmean_over("replica")
+  return jaxcomm.compressed_mean(
+    "replica",
+    build_compressor(config),
+    error_feedback=config.error_feedback,
+    # A second rounding of a sparse mean would drop most of what the replicas sent.
+    algorithm="all_gather" if config.compressor_name in SPARSE else "two_hop",
+    specs=specs,
+    seed=config.seed,
+  )
+
+
+def build_transform(
+  config: MethodConfig, specs: Any, mesh: jax.sharding.Mesh, stacked: Any
+) -> optax.GradientTransformation:
+  """The optimizer: the method around, before or in place of AdamW.
+
+  Args:
+    config: the flags.
+    specs: a `PartitionSpec` per parameter over the inner mesh axes.
+    mesh: of the training step.
+    stacked: per parameter, how many of its leading dimensions count layers.
+  """
+  steps, clip = config.schedule_length, optax.clip_by_global_norm(1.0)
+  warmup = min(50, steps // 2) if config.warmup is None else config.warmup
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.lr, warmup, steps, end_value=0.1 * config.lr
+  )
+  decay = config.weight_decay
+  inner = optax.chain(clip, optax.adamw(schedule, b2=0.95, weight_decay=decay))
+  adam: dict[str, Any] = {"b2": 0.95, "weight_decay": decay, "specs": specs}
+  match config.method:
+    case "none":
+      return inner
+    case "ddp":
+      return optax.chain(build_mean(config, specs), inner)
+    case "local_sgd":
+      mean = build_mean(config, specs)
+      return jaxcomm.local_sgd(inner, sync_period=config.sync_period, mean=mean)
+    case "diloco":
+      nesterov = optax.sgd(config.outer_lr, momentum=config.outer_momentum, nesterov=True)
+      outer = optax.chain(build_mean(config, specs), nesterov)
+      return jaxcomm.diloco(inner, outer, sync_period=config.sync_period)
+    case "powersgd":
+      mean = jaxcomm.powersgd_mean(
+        "replica", config.rank, stacked=stacked, specs=specs, mesh=mesh, seed=config.seed
+      )
+      return optax.chain(mean, inner)
+    case "ef21":
+      mean = jaxcomm.ef21("replica", build_compressor(config), specs=specs, seed=config.seed)
+      return optax.chain(mean, inner)
+    case "one_bit_adam":
+      exact = config.num_exact_steps
+      return optax.chain(
+        clip, jaxcomm.one_bit_adam(schedule, "replica", warmup_steps=exact, **adam)
+      )
+    case "zero_one_adam":
+      exact = config.num_exact_steps
+      method = jaxcomm.zero_one_adam(schedule, "replica", var_freeze_step=exact, **adam)
+      return optax.chain(clip, method)
+    case "sign_majority":
+      return optax.chain(
+        clip,
+        optax.ema(0.9, debias=False),
+        jaxcomm.sign_majority("replica", specs=specs),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(schedule),
+      )
+    case "demo":
+      return jaxcomm.demo(
+        schedule,
+        "replica",
+        compression_decay=config.demo_decay,
+        compression_topk=config.demo_topk,
+        weight_decay=decay,
+        specs=specs,
+      )
