@@ -25,7 +25,7 @@ def flat_vector(x):
   return {**x, "vector": x["vector"].reshape(*x["vector"].shape[:-2], -1)}
 
 
-@pytest.mark.parametrize("context", ["vmap", "shard_map"])
+@pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 def test_follows_the_published_algorithm(train, context):
   grads = flat_vector({k: FIXTURE[f"{k}_gradients"] for k in NAMES})
   start = flat_vector({k: jnp.asarray(FIXTURE[f"{k}_start"]) for k in NAMES})
@@ -76,7 +76,9 @@ def test_the_transform_is_the_orthonormal_cosine_transform(shape):
 GRADS = np.random.default_rng(3).normal(size=(2, 4, 8, 12)).astype(np.float32)
 
 
-@pytest.mark.parametrize("value_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "value_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_what_is_not_sent_is_kept(roll_out, value_dtype):
   """delta + what was sent = decayed delta + rate * gradient; bfloat16 sends values of 8 bits."""
   tx = demo(1.0, "replica", compression_topk=4, compression_chunk=4, value_dtype=value_dtype)
@@ -91,6 +93,7 @@ def test_what_is_not_sent_is_kept(roll_out, value_dtype):
   assert exact == (value_dtype == "bfloat16")
 
 
+@pytest.mark.slow
 def test_everything_sent_is_sign_descent(roll_out):
   tx = demo(0.5, "replica", compression_decay=0.0, compression_topk=16, compression_chunk=4)
   got, state = roll_out(tx, GRADS[:1])
@@ -98,6 +101,7 @@ def test_everything_sent_is_sign_descent(roll_out):
   assert np.abs(state[0].delta).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_more_dimensions_are_rows_and_columns(roll_out):
   tx = demo(0.5, "replica", compression_topk=2, compression_chunk=4)
   want, _ = roll_out(tx, GRADS)

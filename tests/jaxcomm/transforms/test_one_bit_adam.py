@@ -26,6 +26,7 @@ def adam(grads, freeze):
   return np.stack(steps)
 
 
+@pytest.mark.slow
 def test_the_warm_up_is_adam(roll_out):
   tx = one_bit_adam(RATE, "replica", warmup_steps=STEPS, weight_decay=0.1)
   want = optax.chain(pmean_over("replica"), optax.adamw(RATE, weight_decay=0.1))
@@ -60,6 +61,7 @@ def test_afterwards_variances_stay_and_momentum_is_exact_in_sum(roll_out):
   assert np.abs(owed[seen]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_an_exact_mean_gives_adam_with_frozen_variances(roll_out):
   tx = one_bit_adam(RATE, "replica", warmup_steps=3, b2=B2, mean=pmean_over("replica"))
   got, _ = roll_out(tx, GRADS)

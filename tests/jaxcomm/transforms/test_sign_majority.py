@@ -12,8 +12,10 @@ GRADS[0, :, 1], GRADS[1, :, 1], GRADS[2:, :, 1] = np.nan, np.inf, -1.0
 TIE = np.asarray([1, -1, 1])[:, None, None]  # at even and odd votes
 
 
-@pytest.mark.parametrize("num_replicas", [4, 3, 1])
-@pytest.mark.parametrize("context", ["vmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ("context", "num_replicas"),
+  [("shard_map", 4), *(pytest.param("vmap", n, marks=pytest.mark.slow) for n in (4, 3, 1))],
+)
 def test_equals_the_vote_of_numpy(roll_out, context, num_replicas):
   grads = GRADS[:num_replicas]
   signs = np.where(np.isnan(grads) | (grads == 0), TIE, np.sign(grads))
@@ -27,6 +29,7 @@ def test_equals_the_vote_of_numpy(roll_out, context, num_replicas):
   np.testing.assert_array_equal(want[:, 0], np.broadcast_to(TIE[:, 0], want[:, 0].shape))
 
 
+@pytest.mark.slow
 def test_keeps_the_dtype(roll_out):
   got, _ = roll_out(sign_majority("replica"), jnp.asarray(GRADS, jnp.bfloat16))
   assert got.dtype == jnp.bfloat16

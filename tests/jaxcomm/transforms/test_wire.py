@@ -67,7 +67,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+FAST = ("powersgd", "sign_majority", "demo")
+
+
+@pytest.mark.parametrize(
+  "method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_sends_what_the_formula_says(method):
   tx, least, most = METHODS[method]
   grads = {k: jnp.ones(shape) for k, shape in SHAPES.items()}

@@ -62,7 +62,8 @@ def test_follows_its_update_rule(train):
   np.testing.assert_allclose(got.params, reference(), atol=2e-5)
 
 
-@pytest.mark.parametrize("context", ["vmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["vmap", "shard_map"])
 def test_replicas_agree_after_every_exchange_and_only_then(train, context):
   tx = zero_one_adam(RATE, "replica", b2=B2, **INTERVALS)
   got = train(tx, linear, jnp.asarray(START), GRADS, context=context)
@@ -79,6 +80,7 @@ def test_replicas_agree_after_every_exchange_and_only_then(train, context):
   assert 1e-3 < off < 1
 
 
+@pytest.mark.slow
 def test_exact_means_all_along_are_adam(train):
   tx = zero_one_adam(RATE, "replica", var_freeze_step=100, var_update_scaler=100)
   got = train(tx, linear, jnp.asarray(START), GRADS[:, :6])
