@@ -31,6 +31,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcomm import collectives
+
 ROOT = pathlib.Path(__file__).parent.parent
 AXES = ("replica", "data", "fsdp")
 ROWS, COLUMNS = 64, 128  # of the local array that every collective below sends
@@ -245,6 +247,43 @@ def diloco_program(mesh):
   return f, (w, x, _array(mesh, (), "int32", P()))
 
 
+# Rows of the local array that each quantized collective sends; some need padding.
+QUANTIZED_ROWS = {
+  "all_gather": 5,
+  "psum_scatter": 9,
+  "ring": 10,
+  "psum": 11,
+  "all_to_all": 12,
+  "hierarchical": 13,
+}
+# What each fixture holds: every collective once, every format once.
+QUANTIZED_FIXTURES = {
+  4: ("all_gather", "ring", "all_to_all", "hierarchical"),
+  8: ("psum",),
+  "fp8": ("psum_scatter",),
+}
+
+
+def quantized_program(mesh, bits, names):
+  """The named quantized collectives, over `gpu`; the hierarchical one over `node` too."""
+  options = {"bits": bits, "block_size": 64}
+  ops = {
+    "all_gather": lambda x: collectives.quantized_all_gather(x, "gpu", **options),
+    "psum_scatter": lambda x: collectives.quantized_psum_scatter(x, "gpu", **options),
+    "ring": lambda x: collectives.quantized_psum_scatter(x, "gpu", algorithm="ring", **options),
+    "psum": lambda x: collectives.quantized_psum(x, "gpu", **options),
+    "all_to_all": lambda x: collectives.quantized_all_to_all(x, "gpu", 0, 1, **options),
+    "hierarchical": lambda x: collectives.hierarchical_psum_scatter(x, ("gpu", "node"), **options),
+  }
+
+  def local(x):
+    return {name: ops[name](x[: QUANTIZED_ROWS[name]]).reshape(1, -1) for name in names}
+
+  spec = P(("node", "gpu"))
+  f = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  return f, (_array(mesh, (mesh.size * 16, COLUMNS), "float32", spec),)
+
+
 def _ladder_arguments(mesh, w_in_spec, w_out_spec, x_spec):
   return (
     _array(mesh, (LAYERS, MODEL, HIDDEN), "bfloat16", w_in_spec),
@@ -292,6 +331,8 @@ def _programs(devices):
   yield "fsdp_grad", fsdp_grad_program(layers), True
   yield "auto_grad", auto_grad_program(layers), False
   yield "diloco", diloco_program(mesh(replica=2, fsdp=4)), False
+  for bits, names in QUANTIZED_FIXTURES.items():
+    yield f"quantized_{bits}", quantized_program(mesh(node=2, gpu=4), bits, names), False
 
 
 def _devices(target):
@@ -318,10 +359,13 @@ def _without_sources(text):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--target", choices=("tpu", "gpu"), required=True)
-  target = parser.parse_args().target
+  parser.add_argument("--only", default="", help="make only files whose names begin so")
+  target, only = parser.parse_args().target, parser.parse_args().only
   out = ROOT / "tests" / "jaxcomm" / "inspect" / "fixtures" / target
   out.mkdir(parents=True, exist_ok=True)
   for name, (f, arguments), is_async in _programs(_devices(target)):
+    if not name.startswith(only):
+      continue
     options = ASYNC_OPTIONS[target] if is_async else None
     text = jax.jit(f).lower(*arguments).compile(compiler_options=options).as_text() or ""
     data = gzip.compress(_without_sources(text).encode(), mtime=0)

@@ -90,7 +90,7 @@ def _one_hop(
   encode, decode = wire_codec(compressor, x.shape, key)
   own_key = _hops.hop_key(compressor, key, axis_name, 0)
   sent = encode(own_key, x)
-  gathered = _hops.gather(sent, axis_name, equal=True)
+  gathered = _axes.all_gather_equal(sent, axis_name)
   # Where `decode` reads the key, it is that of all devices.
   total = _hops.sum_in_order(lambda row: decode(own_key, row), gathered)
   return total * scale, x - decode(own_key, sent)
@@ -111,7 +111,7 @@ def _two_hop(
   encode, decode = wire_codec(compressor, result_C.shape, key)
   own_key = _hops.hop_key(compressor, key, axis_name, 1)
   sent = encode(own_key, result_C)
-  gathered = _hops.gather(sent, axis_name, equal=True)
+  gathered = _axes.all_gather_equal(sent, axis_name)
   result = _from_chunks(jax.vmap(lambda row: decode(own_key, row))(gathered), x.shape)
 
   lost_C = round(1 / scale) * (result_C - decode(own_key, sent))

@@ -59,18 +59,6 @@ def one_shot(
   return sum_in_order(lambda row: decode(own_key, row), received), jax.vmap(decode)(keys_N, sent)
 
 
-def gather(wire: jax.Array, axis_name: str, *, equal: bool) -> jax.Array:
-  """The messages of all devices as rows; `equal` types them as equal under replication checks.
-
-  XLA:TPU makes an all-reduce, twice the bytes, of the all_gather of a vector that does not fill its
-  tiles; the axis of size 1 in front avoids that.
-  """
-  if equal and _axes.is_manual(axis_name):
-    row = _axes.vary(wire[None], axis_name)
-    return jax.lax.all_gather(row, axis_name, tiled=True, to="invarying")
-  return jax.lax.all_gather(wire[None], axis_name, tiled=True)
-
-
 def ring(x_NC: jax.Array, axis_name: str, compressor: Compressor, key: Key) -> jax.Array:
   """Reduce-scatter by N - 1 steps around a ring: float32[C], the sum of this device's row.
 

@@ -6,7 +6,6 @@ a compressor of their own (`Wire`). Inputs must be typed as differing, see `as_d
 Letters: N devices on the axis, C elements per chunk, D elements per row.
 """
 
-import functools
 from typing import Literal
 
 import jax
@@ -65,17 +64,15 @@ def _gather(
   tiled: bool,
   equal: bool,
 ) -> jax.Array:
-  exact = functools.partial(
-    jax.lax.all_gather, axis_name=axis_name, to="invarying" if equal else "varying"
-  )
+  to = "invarying" if equal else "varying"
   if compressor is None:
-    return exact(x, axis=axis, tiled=tiled)
+    return jax.lax.all_gather(x, axis_name, axis=axis, tiled=tiled, to=to)
   encode, decode = wire_codec(compressor, x.shape, key)
   if _nothing_to_send(x, axis_name):
-    return exact(x, axis=axis, tiled=tiled)
+    return jax.lax.all_gather(x, axis_name, axis=axis, tiled=tiled, to=to)
   with jax.named_scope("quantized_all_gather"):
     own_key = _hops.hop_key(compressor, key, axis_name, 0)
-    received = _hops.gather(encode(own_key, x), axis_name, equal=equal)
+    received = _axes.all_gather(encode(own_key, x), axis_name, to=to)
     x_N = jax.vmap(lambda row: decode(own_key, row))(received)
     return join(x_N.astype(x.dtype), axis, "axis", tiled=tiled)
 

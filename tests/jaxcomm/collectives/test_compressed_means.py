@@ -1,7 +1,5 @@
 """The checks that both compressed means must pass, and what each of them computes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,44 +20,30 @@ WITH_ERROR = {"two_hop": compressed_pmean_with_error, "one_hop": allgather_pmean
 COMPRESSORS = [int8(16), int4(16), e3m0(16), int4(16, "stochastic"), identity()]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(params=["two_hop", "one_hop"])
 def hops(request):
   return request.param
 
 
-def bits_of(tree):
-  return jax.tree.map(lambda a: np.asarray(a).view(np.uint32), tree)
-
-
-@functools.cache
-def _both(compressor):
-  def both(key, x):
-    return compressor.decompress(compressor.compress(key, x), x.shape)
-
-  return jax.jit(both)
-
-
-def coded(compressor, key, x):
-  """D(C(x)) as a program of its own."""
-  return np.asarray(_both(compressor)(key, x))
-
-
-def reference(hops, compressor, x):
+def reference(hops, compressor, x, coded):
   """(mean, errors) by loops over devices and chunks, for compressors that draw nothing."""
   n, shape = x.shape[0], x.shape[1:]
   flat = np.asarray(x, np.float32).reshape(n, -1)
   inverse = np.float32(1 / n)
   if hops == "one_hop":
-    sent = [coded(compressor, None, row) for row in flat]
+    sent = [coded(compressor, row) for row in flat]
     mean = sum(sent[1:], sent[0]) * inverse
     return mean.reshape(shape), (flat - np.stack(sent)).reshape(x.shape)
   chunk = -(-flat.shape[1] // n)
   padded = np.pad(flat, ((0, 0), (0, n * chunk - flat.shape[1]))).reshape(n, n, chunk)
   mean, error = [], np.zeros_like(padded)
   for owner in range(n):
-    sent = [coded(compressor, None, padded[rank, owner]) for rank in range(n)]
+    sent = [coded(compressor, padded[rank, owner]) for rank in range(n)]
     exact = sum(sent[1:], sent[0]) * inverse
-    mean.append(coded(compressor, None, exact))
+    mean.append(coded(compressor, exact))
     for rank in range(n):
       error[rank, owner] = padded[rank, owner] - sent[rank]
     error[owner, owner] += n * (exact - mean[-1])
@@ -68,61 +52,79 @@ def reference(hops, compressor, x):
   return np.concatenate(mean)[:cut].reshape(shape), error
 
 
-@pytest.mark.parametrize(("n", "shape"), [(2, (7,)), (4, ()), (8, (7,)), (8, (33, 5))], ids=str)
-@pytest.mark.parametrize("compressor", [int8(16), e3m0(16)], ids=str)
-def test_equals_the_reference_bit_for_bit(hops, compressor, shape, n, on_devices, stacked):
+@pytest.mark.parametrize(
+  ("n", "shape"),
+  [(8, (33, 5)), *(pytest.param(*s, marks=SLOW) for s in ((2, (7,)), (4, ()), (8, (7,))))],
+)
+def test_equals_the_reference_bit_for_bit(hops, shape, n, on_devices, stacked, coded, bits_of):
   x = stacked(n, shape)
-  want = reference(hops, compressor, x)
-  fn = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, compressor), "unchecked", n)
-  mean, error = fn(x)
-  np.testing.assert_array_equal(bits_of(mean), bits_of(np.stack([want[0]] * n)))
-  np.testing.assert_array_equal(error, want[1])
+
+  def local(v):
+    return [WITH_ERROR[hops](v, AXIS, compressor) for compressor in (int8(16), e3m0(16))]
+
+  for compressor, (mean, error) in zip(
+    (int8(16), e3m0(16)), on_devices(local, "unchecked", n)(x), strict=True
+  ):
+    want = reference(hops, compressor, x, coded)
+    np.testing.assert_array_equal(bits_of(mean), bits_of(np.stack([want[0]] * n)))
+    np.testing.assert_array_equal(error, want[1])
 
 
-@pytest.mark.parametrize("n", [3, 8])
-@pytest.mark.parametrize("compressor", COMPRESSORS[:-1], ids=str)
-def test_devices_and_modes_agree_bit_for_bit(hops, compressor, n, on_devices, stacked):
+@pytest.mark.parametrize(
+  ("n", "compressors"),
+  [
+    (3, COMPRESSORS[:3]),
+    pytest.param(8, COMPRESSORS[:3], marks=SLOW),
+    pytest.param(3, COMPRESSORS[3:4], marks=SLOW),
+    pytest.param(8, COMPRESSORS[3:4], marks=SLOW),
+  ],
+  ids=["3", "8", "3-stochastic", "8-stochastic"],
+)
+def test_devices_and_modes_agree_bit_for_bit(hops, compressors, n, on_devices, stacked, bits_of):
   x = stacked(n, (33, 5))
 
-  def run(mode):
-    fn = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, compressor, key=KEY), mode, n)
-    return fn(x)
+  def run(mode, fn):
+    return on_devices(lambda v: [fn(v, AXIS, c, key=KEY) for c in compressors], mode, n)(x)
 
-  mean, error = run("unchecked")
-  np.testing.assert_array_equal(bits_of(mean), bits_of(np.stack([mean[0]] * n)))
+  got = run("unchecked", WITH_ERROR[hops])
+  for mean, _ in got:
+    np.testing.assert_array_equal(bits_of(mean), bits_of(np.stack([mean[0]] * n)))
   for mode in ("checked", "vmap"):
-    other_mean, other_error = run(mode)
-    np.testing.assert_array_equal(bits_of(other_mean), bits_of(mean))
-    if n == 3:  # the mean is rounded with or without its subtraction, as documented
-      np.testing.assert_allclose(other_error, error, atol=1e-6)
-    else:
-      np.testing.assert_array_equal(other_error, error)
+    for (mean, error), (other_mean, other_error) in zip(got, run(mode, WITH_ERROR[hops])):
+      np.testing.assert_array_equal(bits_of(other_mean), bits_of(mean))
+      if n == 3:  # the mean is rounded with or without its subtraction, as documented
+        np.testing.assert_allclose(other_error, error, atol=1e-6)
+      else:
+        np.testing.assert_array_equal(other_error, error)
   # The function without errors takes the same mean.
-  plain = on_devices(lambda v: MEANS[hops](v, AXIS, compressor, key=KEY), "unchecked", n)(x)
-  np.testing.assert_array_equal(bits_of(plain), bits_of(mean))
+  for (mean, _), plain in zip(got, run("vmap", MEANS[hops])):
+    np.testing.assert_array_equal(bits_of(plain), bits_of(mean))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1,), (2, 3, 5)], ids=str)
-def test_shape_and_dtype_stay(hops, shape, dtype, mode, on_devices):
+def test_shape_and_dtype_stay(hops, shape, dtype, on_devices):
   x = jax.ShapeDtypeStruct((4, *shape), dtype)
-  got = jax.eval_shape(on_devices(lambda v: MEANS[hops](v, AXIS, int8()), mode, 4), x)
+
+  def local(v):
+    return MEANS[hops](v, AXIS, int8()), WITH_ERROR[hops](v, AXIS, int8())
+
+  got, pair = jax.eval_shape(on_devices(local, "checked", 4), x)
   assert (got.shape, got.dtype) == (x.shape, x.dtype)
-  pair = jax.eval_shape(on_devices(lambda v: WITH_ERROR[hops](v, AXIS, int8()), mode, 4), x)
   assert [(a.shape, a.dtype) for a in pair] == [(x.shape, jnp.float32)] * 2
 
 
 def test_low_precision_is_averaged_in_float32(hops, on_devices, stacked):
-  x = stacked(4, (2, 3, 5), dtype="bfloat16")
-  got = on_devices(lambda v: MEANS[hops](v, AXIS, int8()), "checked", 4)(x)
-  wide = on_devices(lambda v: MEANS[hops](v, AXIS, int8()), "checked", 4)(x.astype(jnp.float32))
-  np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
+  def local(v):
+    return MEANS[hops](v, AXIS, int8()), MEANS[hops](v.astype(jnp.float32), AXIS, int8())
+
+  narrow, wide = on_devices(local, "vmap", 4)(stacked(4, (2, 3, 5), dtype="bfloat16"))
+  np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("shape", [(0,), (3, 0)], ids=str)
-def test_no_elements(hops, shape, mode, on_devices):
-  got = on_devices(lambda v: MEANS[hops](v, AXIS, int8()), mode, 4)(jnp.zeros((4, *shape)))
-  assert got.shape == (4, *shape)
+def test_no_elements(hops, mode, on_devices):
+  got = on_devices(lambda v: MEANS[hops](v, AXIS, int8()), mode, 4)(jnp.zeros((4, 3, 0)))
+  assert got.shape == (4, 3, 0)
 
 
 def test_result_is_typed_as_equal(hops, on_devices, stacked):
@@ -147,7 +149,7 @@ def test_mean_of_equal_values_is_allowed(hops, mode, on_devices):
   np.testing.assert_allclose(got, np.stack([constant] * 4), atol=0.5)
 
 
-@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=SLOW) for n in (2, 8))])
 def test_exact_on_the_grid(hops, n, on_devices):
   """Integers with a full-scale element in every block of every contribution and of the mean."""
   rng = np.random.default_rng(0)
@@ -156,11 +158,13 @@ def test_exact_on_the_grid(hops, n, on_devices):
   x = np.concatenate([shared + even, shared - even])  # the mean is `shared`
   x[..., 5] = 127
   x = x.reshape(n, -1).astype(np.float32)
-  got = on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "unchecked", n)(x)
+  got = on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "vmap", n)(x)
   np.testing.assert_array_equal(got, np.stack([x.mean(0)] * n))
 
 
-@pytest.mark.parametrize(("n", "size"), [(3, 1), (3, 7), (8, 2), (8, 100)])
+@pytest.mark.parametrize(
+  ("n", "size"), [(8, 100), *(pytest.param(*s, marks=SLOW) for s in ((3, 1), (3, 7), (8, 2)))]
+)
 def test_error_per_element_is_bounded(hops, size, n, on_devices, stacked):
   x = np.asarray(stacked(n, (size,))) * np.geomspace(1e-3, 1e3, size, dtype=np.float32)
   got = on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "unchecked", n)(x)[0]
@@ -170,27 +174,37 @@ def test_error_per_element_is_bounded(hops, size, n, on_devices, stacked):
   assert np.abs(np.asarray(got, np.float64) - x.astype(np.float64).mean(0)).max() <= bound
 
 
-@pytest.mark.parametrize("n", [3, 8])
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
-def test_errors_account_for_everything_lost(hops, compressor, n, on_devices, stacked):
+@pytest.mark.parametrize("n", [3, pytest.param(8, marks=SLOW)])
+@pytest.mark.parametrize(
+  "compressors", [(int4(16), identity()), pytest.param(COMPRESSORS, marks=SLOW)], ids=["two", "all"]
+)
+def test_errors_account_for_everything_lost(hops, compressors, n, on_devices, stacked):
   x = stacked(n, (33, 5))
-  fn = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, compressor, key=KEY), "unchecked", n)
-  mean, error = (np.asarray(a, np.float64) for a in fn(x))
+
+  def local(v):
+    return [WITH_ERROR[hops](v, AXIS, compressor, key=KEY) for compressor in compressors]
+
   exact = np.asarray(x, np.float64).mean(0)
-  np.testing.assert_allclose(mean[0] + error.mean(0), exact, atol=1e-6)
-  if compressor != identity():
-    assert np.abs(mean[0] - exact).max() > 1e-3  # there was something to account for
+  results = on_devices(local, "vmap", n)(x)
+  for compressor, (mean, error) in zip(compressors, results, strict=True):
+    mean, error = np.asarray(mean[0], np.float64), np.asarray(error, np.float64)
+    np.testing.assert_allclose(mean + error.mean(0), exact, atol=1e-6)
+    if compressor != identity():
+      assert np.abs(mean - exact).max() > 1e-3  # there was something to account for
 
 
 def test_errors_telescope_exactly_on_dyadic_data(hops, on_devices):
   """Small dyadic numbers: no float32 operation rounds, so the identity holds without tolerance."""
   x = np.random.default_rng(0).integers(-64, 65, (4, 130)).astype(np.float32)
-  fn = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, e3m0(16)), "unchecked", 4)
-  mean, error = fn(x)
+  mean, error = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, e3m0(16)), "vmap", 4)(x)
   np.testing.assert_array_equal(mean[0] + np.asarray(error).sum(0) / 4, x.mean(0))
 
 
-@pytest.mark.parametrize("compressor", [int4(16), e3m0(16), int4(16, "stochastic")], ids=str)
+@pytest.mark.parametrize(
+  "compressor",
+  [int4(16), *(pytest.param(c, marks=SLOW) for c in (e3m0(16), int4(16, "stochastic")))],
+  ids=str,
+)
 def test_error_feedback_over_rounds_loses_nothing(hops, compressor, on_devices, stacked):
   n, rounds = 4, 30
   g = jnp.moveaxis(stacked(n * rounds, (35,)).reshape(rounds, n, 35), 0, 1)
@@ -204,7 +218,7 @@ def test_error_feedback_over_rounds_loses_nothing(hops, compressor, on_devices, 
 
     return jax.lax.scan(body, jnp.zeros_like(g[0]), (jnp.arange(rounds), g))
 
-  error, means = on_devices(local, "unchecked", n)(g)
+  error, means = on_devices(local, "vmap", n)(g)
   got = np.asarray(means[0], np.float64).sum(0) + np.asarray(error, np.float64).mean(0)
   np.testing.assert_allclose(got, np.asarray(g, np.float64).sum((0, 1)) / n, atol=1e-5 * rounds)
 
@@ -216,15 +230,15 @@ def test_one_device_keeps_its_value(hops, mode, on_devices, stacked):
   assert not np.any(error)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_numbers_spoil_their_block_on_all_devices(hops, bad, on_devices, stacked):
+def test_bad_numbers_spoil_their_block_on_all_devices(hops, on_devices, stacked):
   x = np.array(stacked(4, (4 * 32,)))
-  clean = on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "unchecked", 4)(x)
-  x[2, 40] = bad
-  got = np.asarray(on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "unchecked", 4)(x))
-  block = np.arange(128) // 16 == 40 // 16
-  assert np.all(np.isnan(got[:, block]))
-  np.testing.assert_array_equal(got[:, ~block], np.asarray(clean)[:, ~block])
+  fn = on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "vmap", 4)
+  clean, block = np.asarray(fn(x)), np.arange(128) // 16 == 40 // 16
+  for bad in (np.nan, np.inf):
+    x[2, 40] = bad
+    got = np.asarray(fn(x))
+    assert np.all(np.isnan(got[:, block]))
+    np.testing.assert_array_equal(got[:, ~block], clean[:, ~block])
 
 
 def test_works_under_cond_and_scan(hops, mode, on_devices, stacked):
@@ -248,7 +262,8 @@ def test_works_under_cond_and_scan(hops, mode, on_devices, stacked):
   np.testing.assert_array_equal(got, want)
 
 
-def test_noise_differs_between_devices_and_hops(on_devices):
+@SLOW
+def test_noise_differs_between_devices_and_hops(on_devices, coded):
   """Equal contributions: independent noise averages out over devices, shared noise would not."""
   n, size = 8, 4096
   row = np.random.default_rng(0).normal(size=size).astype(np.float32)
@@ -259,13 +274,14 @@ def test_noise_differs_between_devices_and_hops(on_devices):
     mean = on_devices(lambda v: MEANS[hops](v, AXIS, compressor, key=KEY), "unchecked", n)(x)[0]
     return ((np.asarray(mean, np.float64) - row) ** 2).sum()
 
-  alone = ((coded(compressor, KEY, row).astype(np.float64) - row) ** 2).sum()
+  alone = ((coded(compressor, row, KEY).astype(np.float64) - row) ** 2).sum()
   one_hop, two_hop = error_power("one_hop"), error_power("two_hop")
   assert one_hop == pytest.approx(alone / n, rel=0.15)
   # The second hop rounds a mean that is off the grid, once.
   assert two_hop == pytest.approx(alone / n + alone, rel=0.15)
 
 
+@SLOW
 def test_two_hops_err_twice_as_much_as_one_on_independent_data(on_devices, stacked):
   n = 8
   x = stacked(n, (n * 2048,))
@@ -279,6 +295,7 @@ def test_two_hops_err_twice_as_much_as_one_on_independent_data(on_devices, stack
   assert power["two_hop"] == pytest.approx(2 * 2.8e-2, rel=0.15)
 
 
+@SLOW
 def test_stochastic_mean_is_unbiased(hops, on_devices, stacked):
   n, num_keys = 4, 500
   x = stacked(n, (40,))

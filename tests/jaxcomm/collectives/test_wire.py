@@ -1,6 +1,11 @@
 """Bytes: the formulas, the payloads and the compiled programs say the same."""
 
+import collections
+import gzip
 import math
+import pathlib
+import runpy
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +19,77 @@ from jaxcomm.collectives import (
   compressed_pmean,
   compressed_pmean_bytes,
   compressed_pmean_with_error,
+  hierarchical_psum_scatter_bytes,
+  loco_init,
+  loco_psum_scatter,
+  loco_psum_scatter_bytes,
+  quantized_all_gather_bytes,
+  quantized_all_to_all_bytes,
   quantized_pmean,
   quantized_pmean_bytes,
+  quantized_psum_bytes,
+  quantized_psum_scatter_bytes,
 )
 from jaxcomm.compressors import e3m0, identity, int4, int8
 from jaxcomm.inspect import collective_bytes
 
 AXIS = "replica"
+ROOT = pathlib.Path(__file__).parents[3]
+programs = types.SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "make_hlo_fixtures.py")))
+
+
+def expected(bits, names):
+  """(kind, axis) -> bytes of `programs.quantized_program`, from the formulas."""
+  options = {"bits": bits, "block_size": 64}
+  total = collections.Counter()
+  for name in names:
+    shape = (programs.QUANTIZED_ROWS[name], programs.COLUMNS)
+    if name == "all_gather":
+      total["all-gather", "gpu"] += quantized_all_gather_bytes(shape, 4, **options)
+    elif name == "psum":
+      sent = quantized_psum_bytes(shape, 4, **options)
+      total["all-to-all", "gpu"] += sent / 2
+      total["all-gather", "gpu"] += sent / 2
+    elif name == "all_to_all":
+      total["all-to-all", "gpu"] += quantized_all_to_all_bytes(shape, 4, 0, **options)
+    elif name == "hierarchical":
+      sizes = {"gpu": 4, "node": 2}
+      for axis, sent in hierarchical_psum_scatter_bytes(shape, sizes, **options).items():
+        total["all-to-all", axis] += sent
+    else:
+      kind = "collective-permute" if name == "ring" else "all-to-all"
+      total[kind, "gpu"] += quantized_psum_scatter_bytes(shape, 4, **options)
+  return total
+
+
+def measured(program, mesh):
+  report = collective_bytes(program, mesh)
+  assert {op.dtype for op in report.ops} == {"u8"}
+  total = collections.Counter()
+  for op in report.ops:
+    total[op.kind, op.axis] += op.bytes
+  return total
+
+
+@pytest.mark.parametrize(
+  ("bits", "axis_type"),
+  [(8, "Explicit"), (4, "Auto"), pytest.param("fp8", "Auto", marks=pytest.mark.slow)],
+)
+def test_quantized_collectives_send_what_the_formulas_say(bits, axis_type):
+  kind = getattr(jax.sharding.AxisType, axis_type)
+  mesh = jax.make_mesh((2, 4), ("node", "gpu"), (kind,) * 2)
+  f, arguments = programs.quantized_program(mesh, bits, programs.QUANTIZED_ROWS)
+  compiled = jax.jit(f).lower(*arguments).compile()
+  assert measured(compiled, mesh) == expected(bits, programs.QUANTIZED_ROWS)
+
+
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize("bits", programs.QUANTIZED_FIXTURES)
+def test_compilers_of_accelerators_send_the_same_bytes(bits, target):
+  fixtures = ROOT / "tests" / "jaxcomm" / "inspect" / "fixtures" / target
+  text = gzip.decompress((fixtures / f"quantized_{bits}.txt.gz").read_bytes()).decode()
+  mesh = jax.sharding.AbstractMesh((2, 4), ("node", "gpu"))
+  assert measured(text, mesh) == expected(bits, programs.QUANTIZED_FIXTURES[bits])
 
 
 def compiled(on_devices, fn, n, shape, mode="checked"):
@@ -30,7 +99,10 @@ def compiled(on_devices, fn, n, shape, mode="checked"):
   return [(op.kind, op.dtype, op.bytes) for op in ops]
 
 
-@pytest.mark.parametrize(("n", "shape"), [(2, (33, 5)), (4, ()), (8, (7,)), (8, (4096,))], ids=str)
+SHAPES = [(8, (7,)), *(pytest.param(*s, marks=pytest.mark.slow) for s in ((2, (33, 5)), (4, ())))]
+
+
+@pytest.mark.parametrize(("n", "shape"), SHAPES)
 @pytest.mark.parametrize("compressor", [int8(16), int4(), e3m0(16)], ids=str)
 def test_two_hops_send_what_the_formula_says(compressor, shape, n, on_devices):
   found = compiled(on_devices, lambda v: compressed_pmean(v, AXIS, compressor), n, shape)
@@ -40,8 +112,8 @@ def test_two_hops_send_what_the_formula_says(compressor, shape, n, on_devices):
   assert found[0][2] == found[1][2] == (n - 1) * compressor.payload_bytes((chunk,))
 
 
-@pytest.mark.parametrize(("n", "shape"), [(2, ()), (8, (33, 5))], ids=str)
-@pytest.mark.parametrize("compressor", [int8(16), int4(), e3m0(16)], ids=str)
+@pytest.mark.parametrize(("n", "shape"), SHAPES)
+@pytest.mark.parametrize("compressor", [int8(16), int4()], ids=str)
 def test_one_hop_sends_what_the_formula_says(compressor, shape, n, on_devices):
   found = compiled(on_devices, lambda v: allgather_pmean(v, AXIS, compressor), n, shape)
   want = allgather_pmean_bytes(shape, n, compressor)
@@ -49,16 +121,19 @@ def test_one_hop_sends_what_the_formula_says(compressor, shape, n, on_devices):
   assert want == (n - 1) * compressor.payload_bytes(shape)
 
 
-@pytest.mark.parametrize("bits", [8, 4, None])
-def test_quantized_pmean_sends_what_the_formula_says(bits, on_devices):
-  def fn(v):
-    return quantized_pmean(v, AXIS, bits=bits, block_size=64)
+def test_exact_mean_and_loco_send_what_the_formulas_say(on_devices):
+  def exact(v):
+    return quantized_pmean(v, AXIS, bits=None)
 
-  found = compiled(on_devices, fn, 8, (1000, 3))
-  total = sum(op[2] for op in found)
-  assert total == quantized_pmean_bytes((1000, 3), 8, bits=bits, block_size=64)
-  if bits is None:
-    assert [op[:2] for op in found] == [("all-reduce", "f32")]
+  sent = quantized_pmean_bytes((1000, 3), 8, bits=None)
+  assert compiled(on_devices, exact, 8, (1000, 3)) == [("all-reduce", "f32", sent)]
+
+  def loco(v):
+    return loco_psum_scatter(v, loco_init(v), AXIS)
+
+  sent = loco_psum_scatter_bytes((1000, 3), 8)
+  assert compiled(on_devices, loco, 8, (1000, 3), "unchecked") == [("all-to-all", "u8", sent)]
+  assert sent == 7 * (125 * 3 / 2 + 0.5 + 4 * 2)
 
 
 def test_errors_cost_no_bytes(on_devices):
@@ -81,7 +156,7 @@ def test_unchecked_program_sends_the_same(on_devices):
   assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("n", "shape"), [(1, (5,)), (1, (0,)), (4, (0,))])
+@pytest.mark.parametrize(("n", "shape"), [(1, (5,)), (4, (0,))])
 def test_nothing_to_send_is_free(n, shape, on_devices):
   found = compiled(on_devices, lambda v: compressed_pmean(v, AXIS, int8()), n, shape)
   assert sum(op[2] for op in found) == 0
@@ -94,12 +169,31 @@ def test_no_padding_is_sent():
   assert allgather_pmean_bytes((3,), 4, e3m0()) == 3 * (2 + 4)
 
 
-def test_ratios_of_the_card():
+def test_ratios_to_float32():
   """int8: 1 + 4 / B bytes per element and hop; 4 bits: 0.5 + 4 / B; float32: 4."""
-  dense = quantized_pmean_bytes((1 << 20,), 8, bits=None)
-  assert quantized_pmean_bytes((1 << 20,), 8, bits=8) / dense == (1 + 4 / 256) / 4
-  assert quantized_pmean_bytes((1 << 20,), 8, bits=4) / dense == (0.5 + 4 / 256) / 4
-  assert compressed_pmean_bytes((1 << 20,), 8, identity()) == dense
+  shape = (1 << 20,)
+  dense = quantized_pmean_bytes(shape, 8, bits=None)
+  assert quantized_pmean_bytes(shape, 8, bits=8) / dense == (1 + 4 / 256) / 4 <= 0.26
+  assert quantized_pmean_bytes(shape, 8, bits=4) / dense == (0.5 + 4 / 256) / 4 <= 0.14
+  assert compressed_pmean_bytes(shape, 8, identity()) == dense
+  for sent in (quantized_all_gather_bytes, quantized_psum_scatter_bytes, quantized_psum_bytes):
+    assert sent(shape, 8, bits=8) / sent(shape, 8, bits=None) == (1 + 4 / 256) / 4
+  rows = (8 * 64, 2048)  # every token's row has scales of its own
+  exchanged = [quantized_all_to_all_bytes(rows, 8, 0, bits=bits) for bits in (8, 4, None)]
+  assert [sent / exchanged[2] for sent in exchanged[:2]] == [(1 + 4 / 256) / 4, (0.5 + 4 / 256) / 4]
+
+
+def test_two_hops_spare_the_slow_link():
+  """Between nodes a device sends the share of its place in the node."""
+  flat = quantized_psum_scatter_bytes((1 << 20,), 32, bits=8)
+  sizes = {"gpu": 8, "node": 4}
+  sent = hierarchical_psum_scatter_bytes((1 << 20,), sizes, bits=8)
+  assert sent["node"] == 3 * ((1 << 15) + 4 * (1 << 15) // 256)
+  assert flat - 7 * sent["node"] / 3 == 8 * sent["node"]  # of 31 messages, 24 leave the node
+  mixed = hierarchical_psum_scatter_bytes((1 << 20,), sizes, bits={"gpu": 8, "node": None})
+  assert mixed == {"gpu": sent["gpu"], "node": 3 * 4 * (1 << 15)}
+  rotated = hierarchical_psum_scatter_bytes((32,), sizes, bits=8, hadamard=32)
+  assert rotated == {"gpu": 7 * 36, "node": 3 * 36}
 
 
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
@@ -119,23 +213,18 @@ def test_only_the_named_axis_is_crossed(axis_type):
   np.testing.assert_allclose(fn(x), np.ones(64), rtol=2**-14)
 
 
-@pytest.mark.parametrize("bits", [16, 2, 0, "8"])
-def test_rejects_bits(bits):
-  with pytest.raises(ValueError, match="`bits` must be 4, 8, .fp8. or None, got"):
-    quantized_pmean(jnp.zeros(4), AXIS, bits=bits)
-  with pytest.raises(ValueError, match="`bits` must be 4, 8, .fp8. or None, got"):
-    quantized_pmean_bytes((4,), 2, bits=bits)
-
-
-@pytest.mark.parametrize("bits", [8, None])
-def test_rejects_bad_input(bits, on_devices):
-  with pytest.raises(ValueError, match="axis `replica` is unbound"):
-    quantized_pmean(jnp.zeros(4), AXIS, bits=bits)
-  run = on_devices(lambda v: quantized_pmean(v, AXIS, bits=bits), "checked", 2)
-  with pytest.raises(ValueError, match="`x` must have a floating-point dtype, got int8"):
-    run(jnp.zeros((2, 4), jnp.int8))
+def test_rejects_bad_arguments_of_formulas():
+  for formula in (quantized_all_gather_bytes, quantized_psum_scatter_bytes, quantized_psum_bytes):
+    with pytest.raises(ValueError, match="`bits` must be 4, 8, 'fp8' or None, got 16"):
+      formula((4,), 2, bits=16)
+    with pytest.raises(ValueError, match="`axis_size` must be at least 1, got 0"):
+      formula((4,), 0)
+  with pytest.raises(ValueError, match="`split_axis` must name an axis whose size is divisible by"):
+    quantized_all_to_all_bytes((5,), 2, 0)
+  with pytest.raises(ValueError, match="`axes` must be two or more different axis names"):
+    hierarchical_psum_scatter_bytes((4,), {"gpu": 2})
   with pytest.raises(ValueError, match="`axis_size` must be at least 1, got 0"):
-    quantized_pmean_bytes((4,), 0, bits=bits)
+    hierarchical_psum_scatter_bytes((4,), {"gpu": 2, "node": 0})
 
 
 def test_rejects_bad_block_sizes_and_axis_sizes():
