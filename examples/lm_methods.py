@@ -167,7 +167,11 @@ def build_mean(config: MethodConfig, specs: Any) -> optax.GradientTransformation
 
 
 def build_transform(
-  config: MethodConfig, specs: Any, mesh: jax.sharding.Mesh, stacked: Any
+  config: MethodConfig,
+  specs: Any,
+  mesh: jax.sharding.Mesh,
+  stacked: Any,
+  clip: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
   """The optimizer: the method around, before or in place of AdamW.
 
@@ -176,8 +180,9 @@ def build_transform(
     specs: a `PartitionSpec` per parameter over the inner mesh axes.
     mesh: of the training step.
     stacked: per parameter, how many of its leading dimensions count layers.
+    clip: of gradients; default by their norm, to 1.
   """
-  steps, clip = config.schedule_length, optax.clip_by_global_norm(1.0)
+  steps, clip = config.schedule_length, clip or optax.clip_by_global_norm(1.0)
   warmup = min(50, steps // 2) if config.warmup is None else config.warmup
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.lr, warmup, steps, end_value=0.1 * config.lr

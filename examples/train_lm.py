@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from lm_methods import ROUNDS, MethodConfig, build_transform
+from lm_methods import ROUNDS, build_transform
+from lm_partition import PartitionConfig, make_partitioned_step
 
 from jaxcomm import data
 from jaxcomm.training import Task, TrainStep, launch, make_train_step, run, start_devices
@@ -25,7 +26,7 @@ from parallel import make_mesh, mesh_specs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(MethodConfig):
+class Config(PartitionConfig):
   """Flags of `train_lm.py`."""
 
   model: Literal["llama"] = "llama"
@@ -51,7 +52,8 @@ class Config(MethodConfig):
   separate_documents: bool = True
   """tokens see only their own document; off: all earlier tokens of their row"""
   remat: Literal["none", "full", "dots"] = "none"
-  """what the backward pass computes again to save memory"""
+  """what the backward pass computes again to save memory; where --partition shards weights none is
+  like full"""
   dtype: Literal["float32", "bfloat16"] | None = None
   """of the computation; default the preset's (parameters are float32)"""
   vocab_size: int | None = None
@@ -123,34 +125,39 @@ def build_loss(config: Config, model: llama.LlamaConfig):
   """Loss of a batch, of which segments and positions tell the documents apart."""
   dropped = () if config.separate_documents else ("segment_ids", "positions")
 
-  def loss(params, batch):
-    return llama.loss(params, {k: v for k, v in batch.items() if k not in dropped}, model)
+  def loss(params, batch, partition=None):
+    kept = {k: v for k, v in batch.items() if k not in dropped}
+    return llama.loss(params, kept, model, partition=partition)
 
   return loss
 
 
-def main(config: Config) -> None:
-  """Builds mesh, model, data and method, and runs them."""
-  if config.schedule_steps is None:
-    config = dataclasses.replace(config, schedule_steps=config.steps)
-  devices = start_devices(config)
-  inner = config.data_parallel * config.fsdp
-  mesh = make_mesh(
-    replica=len(devices) // inner, data=config.data_parallel, fsdp=config.fsdp, devices=devices
-  )
-  model = getattr(llama, config.preset)()
-  changes = {k: getattr(config, k) for k in ("vocab_size", "dtype", "attention", "remat")}
-  model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
-  corpora = load_corpora(config, model)
+def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> TrainStep:
+  """The training step: sharded by the compiler, or by `--partition`."""
+  axes = llama.specs(model)
+  stacked = jax.tree.map(lambda names: int("layers" in names), axes)
 
   def init(key):
     return llama.init(key, model)
 
-  shapes = jax.eval_shape(init, jax.random.key(0))
-  axes = llama.specs(model)
-  specs = mesh_specs(axes, shapes, mesh)
-  stacked = jax.tree.map(lambda names: int("layers" in names), axes)
-  train_step = make_train_step(
+  if config.partition != "none":
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return make_partitioned_step(
+      config,
+      build_loss(config, dataclasses.replace(model, remat="none")),
+      init,
+      lambda specs, mesh, clip: build_transform(config, specs, mesh, stacked, clip),
+      devices,
+      dtype=model.dtype,
+      stacked=jax.tree.map(bool, stacked),
+      policy=dots if config.remat == "dots" else None,
+    )
+  inner = config.data_parallel * config.fsdp
+  mesh = make_mesh(
+    replica=len(devices) // inner, data=config.data_parallel, fsdp=config.fsdp, devices=devices
+  )
+  specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh)
+  return make_train_step(
     build_loss(config, model),
     init,
     build_transform(config, specs, mesh, stacked),
@@ -158,6 +165,19 @@ def main(config: Config) -> None:
     param_specs=specs,
     num_replicas=config.replicas,
   )
+
+
+def main(config: Config) -> None:
+  """Builds mesh, model, data and method, and runs them."""
+  if config.schedule_steps is None:
+    config = dataclasses.replace(config, schedule_steps=config.steps)
+  devices = start_devices(config)
+  model = getattr(llama, config.preset)()
+  changes = {k: getattr(config, k) for k in ("vocab_size", "dtype", "attention", "remat")}
+  model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
+  corpora = load_corpora(config, model)
+
+  train_step = build_step(config, model, devices)
   batches, evaluation = build_data(config, corpora, train_step)
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}

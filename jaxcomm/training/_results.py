@@ -85,11 +85,16 @@ def _time(summary, rows) -> str:
 
 def _sent(summary) -> str:
   sent = summary["wire_bytes_total"]
-  dense = summary["dense_wire_bytes_per_step"] * summary["steps"]
+  steps, per_step = summary["steps"], summary["wire_bytes_per_step"]
+  dense = summary["dense_wire_bytes_per_step"] * steps
+  inner = sum(b for axis, b in per_step.items() if axis != "replica")
+  over = sent - inner * steps
   logical = " (logical: the replicas share devices)" if summary["wire_bytes_logical"] else ""
   text = f"{format_bytes(sent)}{logical}"
-  if dense and sent:
-    text += f"; data parallelism {format_bytes(dense)}, {dense / sent:,.1f} times as much"
+  if inner:
+    text += f", of it {format_bytes(over)} over replica"
+  if dense and over:
+    text += f"; data parallelism {format_bytes(dense)}, {dense / over:,.1f} times as much"
   return text
 
 

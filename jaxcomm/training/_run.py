@@ -118,11 +118,10 @@ def _show(task: Task, summary: dict[str, Any], folder: RunFolder | None) -> None
   if folder is None:
     print_results(summary, [])
     return
+  inner = summary["wire_bytes_per_step"].keys() - {"replica"}  # then there is nothing to compare
+  dense = 0.0 if inner else summary["dense_wire_bytes_per_step"]
   plot_report(
-    folder.path,
-    title=task.title,
-    subtitle=describe_setting(task),
-    dense_bytes_per_step=summary["dense_wire_bytes_per_step"],
+    folder.path, title=task.title, subtitle=describe_setting(task), dense_bytes_per_step=dense
   )
   print_results(summary, read_metrics(folder.path), folder.path)
 

@@ -76,12 +76,20 @@ def step_wire(train_step: TrainStep, compiled: jax.stages.Compiled) -> StepWire:
     outer = [{a: x for a, x in level.items() if "replica" in a} for level in logical]
     last = max(len(inner), len(outer))
     levels = tuple(_at(inner, i) | _at(outer, i) for i in range(last))
-    dense = _logical_report(optax.chain(pmean_over("replica"), optax.sgd(1.0)), train_step)
+  return StepWire(levels=levels, dense=_dense_bytes(train_step), logical=layout.stacked)
+
+
+def _dense_bytes(train_step: TrainStep) -> float:
+  """Of plain data parallelism over `replica`, per device and step."""
+  layout = train_step.layout
+  if layout.num_replicas == 1:  # nothing; and XLA fails on a sharded mean over an axis of size 1
+    return 0.0
+  ddp = optax.chain(pmean_over("replica"), optax.sgd(1.0))
+  if layout.stacked:
+    report = _logical_report(ddp, train_step)
   else:
-    dense = _update_report(
-      optax.chain(pmean_over("replica"), optax.sgd(1.0)), train_step, layout.mesh
-    )
-  return StepWire(levels=levels, dense=dense.by_axis.get("replica", 0.0), logical=layout.stacked)
+    report = _update_report(ddp, train_step, layout.mesh)
+  return report.by_axis.get("replica", 0.0)
 
 
 def _at(levels: Sequence[dict[str, float]], i: int) -> dict[str, float]:

@@ -274,7 +274,7 @@ class _PowerSGD:
       return self._low_rank(count, m_BNM, left_BNR, right_BRM)
 
     def exact(m_BNM, left_BNR, right_BRM):
-      return jax.lax.pmean(m_BNM, self.axis_name), m_BNM, left_BNR, right_BRM
+      return _axes.pmean_f32(m_BNM, self.axis_name), m_BNM, left_BNR, right_BRM
 
     args = m_BNM, left_BNR, right_BRM
     if self.start_step:
@@ -305,7 +305,7 @@ class _PowerSGD:
       even = count % 2 == 0
       return _axes.cond(even, from_right, from_left, m_BNM, left_BNR, right_BRM)
     new_BNR = _matmul(m_BNM, _orthonormal(right_BRM.mT))
-    new_BNR = jax.lax.pmean(new_BNR, self.axis_name)
+    new_BNR = _axes.pmean_f32(new_BNR, self.axis_name)
     mean_BNM, sent_BNM, _, right_BRM = from_left(m_BNM, new_BNR, right_BRM)
     return mean_BNM, sent_BNM, left_BNR, right_BRM
 
@@ -314,7 +314,7 @@ def _project(m_BNM, left_BNR, axis_name: str):
   """The mean of all matrices projected on the columns of `left`, this device's own, its factor."""
   basis_BNR = _orthonormal(left_BNR)
   own_BRM = _matmul(basis_BNR.mT, m_BNM)
-  mean_BRM = jax.lax.pmean(own_BRM, axis_name)
+  mean_BRM = _axes.pmean_f32(own_BRM, axis_name)
   return _matmul(basis_BNR, mean_BRM), _matmul(basis_BNR, own_BRM), mean_BRM
 
 

@@ -11,7 +11,7 @@ from jaxcomm.training._results import describe_end, print_results, sparkline
 SUMMARY = {
   "title": "a run", "steps": 4, "final_loss": 1.0, "eval_loss": 1.5, "first_eval_loss": 5.0,
   "wire_bytes_total": 2e4, "dense_wire_bytes_per_step": 1e6, "wire_bytes_logical": False,
-  "step_seconds": 0.05, "wall_seconds": 61.234,
+  "wire_bytes_per_step": {"replica": 5e3}, "step_seconds": 0.05, "wall_seconds": 61.234,
 }  # fmt: skip
 ROWS = [
   {"step": 0, "eval_loss": 5.0},
@@ -46,6 +46,14 @@ def test_plain_without_a_terminal(monkeypatch, tmp_path):
     "  sent per device  20.00 kB; data parallelism 4.00 MB, 200.0 times as much",
     f"  run folder       {tmp_path} (report.png, summary.json, metrics.jsonl)",
   ]
+
+
+def test_data_parallelism_is_compared_over_replica_only(monkeypatch):
+  summary = SUMMARY | {"wire_bytes_per_step": {"fsdp": 4e3, "replica": 1e3}}
+  assert (
+    "20.00 kB, of it 4.00 kB over replica; data parallelism 4.00 MB, 1,000.0 times as much"
+    in printed(monkeypatch, summary, ROWS)
+  )
 
 
 @pytest.mark.parametrize("terminal", [False, True])
