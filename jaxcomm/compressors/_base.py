@@ -89,7 +89,7 @@ class Compressor(abc.ABC):
     check_float(x)
     if key is None and self.needs_key:
       raise ValueError(f"`key` must be a jax.random key for {self}, got None.")
-    return self._encode(key, x.reshape(-1).astype(jnp.float32))
+    return self._encode(key, _flat(x))
 
   def decompress(
     self,
@@ -122,7 +122,7 @@ class Compressor(abc.ABC):
     1e-19 to 1e19 leave float32. Raises ValueError for compositions that have no closed form.
     """
     check_float(x)
-    return self._variance(x.reshape(-1).astype(jnp.float32))
+    return self._variance(_flat(x))
 
   def omega_of_mean(self, num_inputs: int, size: int | None = None) -> float:
     """omega of the mean of `num_inputs` independent compressions of equal inputs: omega / n.
@@ -187,6 +187,10 @@ def check_float(x: jax.Array) -> None:
   """Raises ValueError unless `x` has a floating-point dtype."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"`x` must have a floating-point dtype, got {x.dtype}.")
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  return jnp.asarray(x).reshape(-1).astype(jnp.float32)
 
 
 def squared_norm(x: jax.Array) -> jax.Array:

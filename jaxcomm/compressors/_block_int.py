@@ -31,7 +31,8 @@ class BlockInt(Compressor):
   A block of zeros decodes to zeros. A block with NaN or Inf decodes to NaN everywhere. A block
   whose scale is below the smallest normal float32 (max |x| < 1.5e-36 at 8 bits, 8.3e-38 at 4)
   is sent as zeros, because XLA flushes subnormal numbers on some devices. A block whose maximum
-  is within 2^-16 of the largest float32 may decode to Inf.
+  is within 2^-16 of the largest float32 may decode to Inf; one with a scale above 2^126, which
+  takes 2 or 3 bits and numbers above 8.5e37 or 2.5e38, decodes to NaN.
 
   Attributes:
     bits: 2 to 8.
@@ -50,7 +51,7 @@ class BlockInt(Compressor):
   rounding: _blocks.Rounding = "nearest"
 
   def __post_init__(self):
-    if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+    if type(self.bits) is not int or not 2 <= self.bits <= 8:
       raise ValueError(f"`bits` must be in 2..8, got {self.bits!r}.")
     _blocks.check_fields(self.block_size, self.rounding, packed=self.bits == 4)
 

@@ -54,7 +54,8 @@ def integer_scale(top: jax.Array, qmax: int) -> jax.Array:
   The product of such a scale with an integer of up to 7 bits is exact in float32. Decoded values
   then do not depend on whether the compiler fuses multiply and add, nor the scale on how it
   divides by a constant: every program computes the same bits.
-  NaN stays NaN; a scale below the smallest normal float32 becomes 0.
+  NaN stays NaN; a scale below the smallest normal float32 becomes 0, and one whose inverse would
+  be, above 2^126, NaN.
   """
   step = 1 << 7  # 24 - 17 bits
   bits = jax.lax.bitcast_convert_type(top / qmax, jnp.uint32) & ~np.uint32(step - 1)
@@ -62,44 +63,49 @@ def integer_scale(top: jax.Array, qmax: int) -> jax.Array:
   for _ in range(2):  # once for the cut, once more if the quotient was rounded down
     bits = jnp.where(scale * qmax < top, bits + step, bits)
     scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  scale = jnp.where(scale > 2.0**126, jnp.nan, scale)
   return jnp.where(scale < TINY, 0.0, scale)
 
 
 def nearest_multiples(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
   """int8 codes c with c * scale nearest to x, half to even; 0 where the scale is zero or NaN."""
-  usable_K1, inverse_K1 = _inverse(scale_K1)
-  return jnp.round(jnp.where(usable_K1, x_KB * inverse_K1, 0.0)).astype(jnp.int8)
+  return jnp.round(_ratio(x_KB, _inverse(scale_K1))).astype(jnp.int8)
 
 
 def stochastic_multiples(key: jax.Array, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
   """int8 codes c of a neighbour c * scale of x, with mean x; 0 where the scale is zero or NaN."""
-  usable_K1, inverse_K1 = _inverse(scale_K1)
-  low_KB = _floor_multiple(x_KB, scale_K1, usable_K1, inverse_K1)
+  inverse_K1 = _inverse(scale_K1)
+  low_KB = _floor_multiple(x_KB, scale_K1, inverse_K1)
   fraction_KB = (x_KB - low_KB * scale_K1) * inverse_K1
   up_KB = jax.random.uniform(key, x_KB.shape) < fraction_KB
-  return jnp.where(usable_K1, low_KB + up_KB.astype(jnp.float32), 0.0).astype(jnp.int8)
+  return jnp.where(inverse_K1 > 0, low_KB + up_KB.astype(jnp.float32), 0.0).astype(jnp.int8)
 
 
 def multiples_variance(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
   """E||c scale - x||^2 of `stochastic_multiples`: the sum of s^2 f (1 - f), float32[]."""
-  usable_K1, inverse_K1 = _inverse(scale_K1)
-  below_KB = x_KB - _floor_multiple(x_KB, scale_K1, usable_K1, inverse_K1) * scale_K1
-  variance_KB = jnp.where(usable_K1, below_KB * (scale_K1 - below_KB), jnp.square(x_KB))
+  inverse_K1 = _inverse(scale_K1)
+  below_KB = x_KB - _floor_multiple(x_KB, scale_K1, inverse_K1) * scale_K1
+  variance_KB = jnp.where(inverse_K1 > 0, below_KB * (scale_K1 - below_KB), jnp.square(x_KB))
   return jnp.sum(jnp.where(jnp.isnan(scale_K1), jnp.nan, variance_KB))
 
 
-def _inverse(scale_K1: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(whether the scale is a positive number, 1 / scale or else 1).
+def _inverse(scale_K1: jax.Array) -> jax.Array:
+  """1 / scale, and 0 where the scale is zero or NaN.
 
   One reciprocal per block, which is what XLA makes of x / scale in some programs and not in others.
   """
   usable_K1 = scale_K1 > 0  # False for NaN
-  return usable_K1, 1 / jnp.where(usable_K1, scale_K1, 1.0)
+  return jnp.where(usable_K1, 1 / jnp.where(usable_K1, scale_K1, 1.0), 0.0)
 
 
-def _floor_multiple(x_KB, scale_K1, usable_K1, inverse_K1) -> jax.Array:
+def _ratio(x_KB: jax.Array, inverse_K1: jax.Array) -> jax.Array:
+  """x / scale, and 0 where that means nothing."""
+  return jnp.where(inverse_K1 > 0, x_KB * inverse_K1, 0.0)
+
+
+def _floor_multiple(x_KB: jax.Array, scale_K1: jax.Array, inverse_K1: jax.Array) -> jax.Array:
   """The exact floor of x / scale: multiples of the scale are exact, the ratio is not."""
-  low_KB = jnp.floor(jnp.where(usable_K1, x_KB * inverse_K1, 0.0))
+  low_KB = jnp.floor(_ratio(x_KB, inverse_K1))
   low_KB += ((low_KB + 1) * scale_K1 <= x_KB).astype(jnp.float32)
   low_KB -= (low_KB * scale_K1 > x_KB).astype(jnp.float32)
   return low_KB

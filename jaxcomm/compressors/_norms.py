@@ -3,6 +3,8 @@
 Letters: K blocks, B elements per block. NaN for a block that holds NaN or Inf.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +13,24 @@ import numpy as np
 def absmax(x_KB: jax.Array) -> jax.Array:
   """Largest magnitude of each block, [K, 1]; 0 for an empty one.
 
-  Bit patterns of floats are ordered like their magnitudes, NaN above all; and a maximum of
-  integers, unlike one of floats, runs on all lanes of a CPU.
+  Bit patterns of floats are ordered like their magnitudes, NaN above all; so this is a maximum of
+  integers, exact in any order.
   """
-  bits_KB = jax.lax.bitcast_convert_type(x_KB, jnp.uint32) & np.uint32(0x7FFFFFFF)
+  num, width = x_KB.shape
+  if width > 32 and width % 32 == 0:
+    # XLA's loop over a long row is 20 times slower on a CPU than 32 columns side by side.
+    rows = x_KB.reshape(-1, 256 if width % 256 == 0 else width)
+    parts = [_magnitude_bits(part) for part in jnp.split(rows, rows.shape[1] // 32, axis=1)]
+    bits_KB = functools.reduce(jnp.maximum, parts).max(axis=1).reshape(num, -1)
+  else:
+    bits_KB = _magnitude_bits(x_KB)
   bits_K1 = jnp.max(bits_KB, axis=1, keepdims=True, initial=0)
   finite_K1 = bits_K1 < np.uint32(0x7F800000)
   return jnp.where(finite_K1, jax.lax.bitcast_convert_type(bits_K1, jnp.float32), jnp.nan)
+
+
+def _magnitude_bits(x: jax.Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7FFFFFFF)
 
 
 def mean_abs(x_KB: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ class QSGD(Compressor):
   float32[ceil(d / bucket_size)].
 
   A bucket of zeros decodes to zeros, one with NaN or Inf to NaN everywhere. A bucket whose scale is
-  below the smallest normal float32 is sent as zeros.
+  below the smallest normal float32 is sent as zeros; one whose scale is above 2^126 decodes to NaN.
 
   Attributes:
     levels: s, 1 to 127.
@@ -51,7 +51,7 @@ class QSGD(Compressor):
   norm: Norm = "l2"
 
   def __post_init__(self):
-    if isinstance(self.levels, bool) or self.levels not in range(1, 128):
+    if type(self.levels) is not int or not 1 <= self.levels <= 127:
       raise ValueError(f"`levels` must be in 1..127, got {self.levels!r}.")
     _blocks.check_block_size(self.bucket_size, "bucket_size")
     if self.norm not in ("l2", "linf"):
