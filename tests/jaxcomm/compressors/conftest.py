@@ -39,3 +39,18 @@ def roundtrip(both):
 def normal():
   """Gaussian float32: normal(shape, seed=0)."""
   return lambda shape, seed=0: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def _variance(compressor):
+  return jax.jit(compressor.variance)
+
+
+@pytest.fixture(scope="session")
+def relative_variance():
+  """relative_variance(compressor, x): the stated expected squared error, per ||x||^2."""
+
+  def relative(compressor, x):
+    return float(_variance(compressor)(x)) / np.square(x, dtype=np.float64).sum()
+
+  return relative

@@ -1,16 +1,11 @@
 """QSGD, natural compression and 8-bit floats: grids, constants, and the card's simulations."""
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxcomm.compressors import BlockInt, fp8, natural, qsgd, scaled_sign
-
-
-def relative_variance(compressor, x):
-  return float(jax.jit(compressor.variance)(x)) / np.square(x, dtype=np.float64).sum()
 
 
 def test_qsgd_with_the_maximum_norm_is_a_block_integer(both, normal):
@@ -32,28 +27,30 @@ def test_qsgd_is_exact_on_its_grid(roundtrip):
 
 
 @pytest.mark.parametrize(("levels", "want"), [(16, 0.67), (64, 0.042)])
-def test_qsgd_variance_on_gaussian_data(levels, want, normal):
+def test_qsgd_variance_on_gaussian_data(levels, want, normal, relative_variance):
   compressor = qsgd(levels, 1024)
   got = relative_variance(compressor, normal(1024 * 64))
   assert got == pytest.approx(want, rel=0.02)
   assert got < compressor.omega < min(1024 / levels**2, 1024**0.5 / levels) * (1 + 2**-15)
 
 
-@pytest.mark.parametrize("levels", [1, 4, 16, 127])
-def test_qsgd_omega_holds_where_the_variance_is_largest(levels):
+@pytest.mark.parametrize("levels", [1, 16])
+def test_qsgd_omega_holds_where_the_variance_is_largest(levels, relative_variance):
   """Equal elements at a fraction of one level; and one large, the others in the middle."""
   compressor = qsgd(levels, 64)
   for x in (np.ones(64), np.r_[np.ones(13), np.zeros(51)], np.r_[8.0, np.full(63, 0.5)]):
     assert relative_variance(compressor, x.astype(np.float32)) <= compressor.omega
 
 
-def test_qsgd_omega_is_nearly_reached():
+def test_qsgd_omega_is_nearly_reached(relative_variance):
   # sqrt(B) / s - 1 for equal elements below one level.
   assert relative_variance(qsgd(1, 1024), np.ones(1024, np.float32)) == pytest.approx(31, rel=1e-3)
   assert qsgd(1, 1024).omega == pytest.approx(32, rel=1e-3)
 
 
-def test_natural_keeps_powers_of_two_and_is_worst_at_four_thirds(roundtrip, normal):
+def test_natural_keeps_powers_of_two_and_is_worst_at_four_thirds(
+  roundtrip, normal, relative_variance
+):
   x = np.ldexp(np.tile([1.0, -1.0], 127), np.arange(-126, 128)).astype(np.float32)
   np.testing.assert_array_equal(roundtrip(natural(), x), x)
   assert relative_variance(natural(), np.full(8, 4 / 3, np.float32)) == pytest.approx(1 / 8)
@@ -67,7 +64,7 @@ def test_natural_sends_subnormal_numbers_as_zero(roundtrip):
   np.testing.assert_array_equal(got, [0, 0, x[2]])
 
 
-def test_scaled_sign_error_is_exact(normal):
+def test_scaled_sign_error_is_exact(normal, relative_variance):
   for seed in range(5):
     x = normal(33, seed) ** 3
     wide = x.astype(np.float64)
@@ -81,7 +78,7 @@ def test_scaled_sign_error_is_exact(normal):
 
 
 @pytest.mark.parametrize("size", [5, 8, 1000])
-def test_rms_sign_may_err_by_more_than_the_input(size):
+def test_rms_sign_may_err_by_more_than_the_input(size, relative_variance):
   x = np.zeros(size, np.float32)
   x[2] = -3
   rms = relative_variance(scaled_sign("rms"), x)
@@ -122,7 +119,7 @@ def test_fp8_rounds_as_the_dtype_does(format, roundtrip):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("block_size", [8, 4096])
-def test_fp8_constants_hold_at_their_worst(format, block_size):
+def test_fp8_constants_hold_at_their_worst(format, block_size, relative_variance):
   mantissa = fp8(format).omega is None and {"e4m3": 3, "e5m2": 2}[format]
   near, stochastic = fp8(format, block_size), fp8(format, block_size, "stochastic")
   half = 2.0 ** -(mantissa + 1)
