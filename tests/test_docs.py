@@ -13,9 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [pytest.param(file, id=str(file.relative_to(ROOT))) for file in FILES]
-SLOW = ("docs/tutorial.md",)
 PYTHON_PAGES = [
-  pytest.param(*page.values, id=page.id, marks=[pytest.mark.slow] * (page.id in SLOW))
+  pytest.param(*page.values, id=page.id, marks=[pytest.mark.slow] * (page.id != "README.md"))
   for page in PAGES
   if "```python" in page.values[0].read_text()
 ]

@@ -102,7 +102,11 @@ def _levels(report: WireReport) -> tuple[dict[str, float], ...]:
   Independent conditionals (two methods with rounds of their own) could be combined in many ways:
   then only nothing of it and all of it.
   """
-  found = {sum(x.values()): x for x in report.by_axis_of_paths()}
+  try:
+    paths = report.by_axis_of_paths()
+  except ValueError:  # too many
+    paths = [report.by_axis_when(False), report.by_axis_when(True)]
+  found = {sum(x.values()): x for x in paths}
   levels = tuple(dict(found[total]) for total in sorted(found))
   return levels if len(levels) <= 3 else (levels[0], levels[-1])
 

@@ -99,7 +99,9 @@ def test_forward_gathers_weights_and_never_moves_activations(axis_types):
 
 
 @TYPES
-@pytest.mark.parametrize("differ", [False, True], ids=["equal", "differ"])
+@pytest.mark.parametrize(
+  "differ", [pytest.param(False, marks=pytest.mark.slow), True], ids=["equal", "differ"]
+)
 def test_manual_over_replica(axis_types, differ):
   """Parameters typed as equal or as differing, batch split over replica, data and fsdp."""
   mesh = make_mesh(replica=2, data=2, fsdp=2, axis_types=axis_types)
@@ -128,7 +130,14 @@ def test_manual_over_replica(axis_types, differ):
 
 
 @TYPES
-@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "none"), (True, "full")])
+@pytest.mark.parametrize(
+  ("scan", "remat"),
+  [
+    pytest.param(False, "none", marks=pytest.mark.slow),
+    pytest.param(True, "none", marks=pytest.mark.slow),
+    (True, "full"),
+  ],
+)
 def test_replicas_with_their_own_parameters(axis_types, scan, remat):
   """Each replica trains alone: no collective over `replica`, as many results as replicas."""
   cfg = dataclasses.replace(CFG, remat=remat, scan_layers=scan)
@@ -157,6 +166,7 @@ def test_replicas_with_their_own_parameters(axis_types, scan, remat):
     assert_close(got, jax.jit(loss_and_grads)(own, half))
 
 
+@pytest.mark.slow
 @TYPES
 def test_a_batch_that_the_axes_do_not_divide_still_runs(axis_types):
   mesh = make_mesh(fsdp=4, axis_types=axis_types)
@@ -167,6 +177,7 @@ def test_a_batch_that_the_axes_do_not_divide_still_runs(axis_types):
   assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_replicas_stacked_by_vmap_on_an_inner_mesh():
   mesh = make_mesh(data=2, fsdp=2)
   shardings = jax.tree.map(

@@ -1,12 +1,14 @@
 """Programs run by several processes, and by virtual devices of one process, to be compared."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcomm import _axes, compressed_mean, e3m0, int4, int8, pmean_over, quantized_pmean
+from jaxcomm import _axes, collectives, compressed_mean, e3m0, int4, int8, pmean_over
+from jaxcomm.collectives import quantized_pmean
 
 P = jax.sharding.PartitionSpec
 Program = Callable[[jax.Array], jax.Array]
@@ -69,6 +71,17 @@ def _compressed() -> dict[str, Program]:
   }
 
 
+def _quantized() -> dict[str, Program]:
+  scatter = functools.partial(collectives.quantized_psum_scatter, axis_name="replica")
+  return {
+    "quantized_psum": lambda x: collectives.quantized_psum(x, "replica", bits="fp8"),
+    "quantized_all_gather": lambda x: collectives.quantized_all_gather(x, "replica", bits=4),
+    "quantized_psum_scatter": functools.partial(scatter, hadamard=32),
+    "quantized_psum_scatter_ring": functools.partial(scatter, algorithm="ring"),
+    "quantized_all_to_all": lambda x: collectives.quantized_all_to_all(_rows(x), "replica", 0, 1),
+  }
+
+
 PROGRAMS: dict[str, Program] = {
   "psum": lambda x: jax.lax.psum(x, "replica"),
   "pmean_over": _transform(pmean_over("replica")),
@@ -81,6 +94,7 @@ PROGRAMS: dict[str, Program] = {
   "quantized_pmean_gradient": jax.grad(
     lambda x: (quantized_pmean(x, "replica", bits=8) ** 2).sum()
   ),
+  **_quantized(),
   **_compressed(),
 }
 

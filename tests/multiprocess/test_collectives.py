@@ -35,6 +35,12 @@ def test_two_processes_equal_two_virtual_devices(rows, mesh, name):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("name", [n for n in programs.PROGRAMS if "pmean" in n or "_hop" in n])
-def test_means_are_equal_on_both_processes(rows, name):
+EQUAL = ("pmean", "_hop", "quantized_psum", "quantized_all_gather")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [n for n in programs.PROGRAMS if any(part in n for part in EQUAL) and "scatter" not in n],
+)
+def test_sums_and_gathers_are_equal_on_both_processes(rows, name):
   np.testing.assert_array_equal(*rows[name])

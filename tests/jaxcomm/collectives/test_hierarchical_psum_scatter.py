@@ -55,7 +55,7 @@ def test_ownership_is_that_of_the_flat_psum_scatter(on_nodes):
       np.testing.assert_array_equal(ours, flat, err_msg=name)
 
 
-@pytest.mark.parametrize("sizes", [(1, 4), (4, 1)])
+@pytest.mark.parametrize("sizes", [(1, 4), pytest.param((4, 1), marks=pytest.mark.slow)])
 def test_one_axis_alone_is_the_one_shot(sizes, stacked, bits_of):
   x = stacked(4, (9, 5))
   options = {"bits": 4, "block_size": 16}
@@ -67,6 +67,7 @@ def test_one_axis_alone_is_the_one_shot(sizes, stacked, bits_of):
   np.testing.assert_array_equal(bits_of(got), bits_of(one(x)))
 
 
+@pytest.mark.slow
 def test_three_axes_and_the_derivative(stacked):
   """The transpose of the sum is the gather; through the rounding, the identity."""
   x, ct = stacked(8, (9, 5)), stacked(8, (2, 5), seed=1)

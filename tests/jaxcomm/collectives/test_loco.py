@@ -71,6 +71,7 @@ def test_moving_average_and_resets(on_devices, g, coded):
   np.testing.assert_allclose(sums, want_sums, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_memory_keeps_no_error(on_devices, g):
   """err_beta = 1: the error stays zero and every step is a plain reduce-scatter."""
   sums, errors, _, _ = run(on_devices, g, "vmap", error_bits=8, err_beta=1.0)

@@ -24,7 +24,7 @@ from jaxcomm.collectives._options import compressor_of
 AXIS, N, BLOCK = "replica", 4, 16
 KEY = jax.random.key(5)
 ROWS, COLUMNS = 9, 5  # four devices own 3, 3, 3 and no rows; a block ends inside of a row
-FORMATS = (8, 4, "fp8")
+FORMATS = [8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, "fp8"))]
 
 
 def all_ops(bits, hadamard=None):
@@ -41,11 +41,11 @@ def all_ops(bits, hadamard=None):
 
 
 @functools.cache
-def program(on_devices, mode, formats, hadamard=None):
-  """One program of all collectives: x -> {bits: {name: result}}."""
+def program(on_devices, mode, bits, hadamard=None):
+  """One program of all collectives: x -> {name: result}."""
 
   def local(v):
-    return {str(b): {k: op(v) for k, op in all_ops(b, hadamard).items()} for b in formats}
+    return {name: op(v) for name, op in all_ops(bits, hadamard).items()}
 
   return on_devices(local, mode, N)
 
@@ -87,7 +87,7 @@ def in_order(compressor, rows, coded):
 
 @pytest.mark.parametrize("bits", FORMATS)
 def test_equals_the_reference_bit_for_bit(bits, on_devices, x, coded, bits_of):
-  got = program(on_devices, "unchecked", FORMATS)(x)[str(bits)]
+  got = program(on_devices, "unchecked", bits)(x)
   for name in got:
     want = reference(name, compressor_of(bits, BLOCK), x, coded)
     np.testing.assert_array_equal(bits_of(got[name]), bits_of(want), err_msg=name)
@@ -95,37 +95,36 @@ def test_equals_the_reference_bit_for_bit(bits, on_devices, x, coded, bits_of):
 
 @pytest.mark.slow
 def test_hadamard_is_a_rotation_of_every_message(on_devices, x, coded, bits_of):
-  got = program(on_devices, "unchecked", (4,), 32)(x)["4"]
+  got = program(on_devices, "unchecked", 4, 32)(x)
   for name in got:
     want = reference(name, compressor_of(4, BLOCK, hadamard=32), x, coded)
     np.testing.assert_array_equal(bits_of(got[name]), bits_of(want), err_msg=name)
 
 
-def test_modes_agree_bit_for_bit(on_devices, x, bits_of):
-  want = bits_of(program(on_devices, "unchecked", FORMATS)(x)["8"])
-  for mode in ("checked", "vmap"):
-    jax.tree.map(
-      np.testing.assert_array_equal, bits_of(program(on_devices, mode, (8,))(x)["8"]), want
-    )
+@pytest.mark.parametrize("mode", ["checked", "vmap"])
+def test_modes_agree_bit_for_bit(mode, on_devices, x, bits_of):
+  want = bits_of(program(on_devices, "unchecked", 8)(x))
+  got = bits_of(program(on_devices, mode, 8)(x))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_nan_and_inf_spoil_their_block_and_no_other(on_devices, x):
-  fn = program(on_devices, "unchecked", FORMATS)
+@pytest.mark.parametrize("bits", FORMATS)
+def test_nan_and_inf_spoil_their_block_and_no_other(bits, on_devices, x):
+  fn = program(on_devices, "unchecked", bits)
   bad = x.copy()
   bad[2, 4, 1] = np.nan  # row 4: chunk 1 of a reduce-scatter; element 21 of 45, chunk 1 of a sum
   bad[1, 7, 3] = -np.inf  # row 7: chunk 2; element 38, chunk 3
   clean, got = fn(x), fn(bad)
-  for bits in clean:
-    spoilt = {k: ~np.isfinite(v) for k, v in got[bits].items()}
-    for name in spoilt:
-      kept = np.where(spoilt[name], 0, got[bits][name])
-      np.testing.assert_array_equal(kept, np.where(spoilt[name], 0, clean[bits][name]), name)
-    gathered = spoilt["all_gather"][0].reshape(N, -1)
-    assert np.flatnonzero(gathered[2]).tolist() == list(range(16, 32))
-    assert np.flatnonzero(gathered[1]).tolist() == list(range(32, 45))
-    assert spoilt["psum_scatter"].reshape(N, -1).sum(1).tolist() == [0, 15, 15, 0]
-    assert spoilt["psum"][0].sum() == 12 + 9
-    assert spoilt["all_to_all"].sum() == 2 * COLUMNS
+  spoilt = {name: ~np.isfinite(value) for name, value in got.items()}
+  for name, where in spoilt.items():
+    kept = np.where(where, 0, got[name])
+    np.testing.assert_array_equal(kept, np.where(where, 0, clean[name]), name)
+  gathered = spoilt["all_gather"][0].reshape(N, -1)
+  assert np.flatnonzero(gathered[2]).tolist() == list(range(16, 32))
+  assert np.flatnonzero(gathered[1]).tolist() == list(range(32, 45))
+  assert spoilt["psum_scatter"].reshape(N, -1).sum(1).tolist() == [0, 15, 15, 0]
+  assert spoilt["psum"][0].sum() == 12 + 9
+  assert spoilt["all_to_all"].sum() == 2 * COLUMNS
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_low_precision_is_widened_before_and_narrowed_after(on_devices, stacked)
   x = stacked(N, (ROWS, COLUMNS), dtype="bfloat16")
 
   def local(v):
-    ops = {name: op for name, op in all_ops(8).items() if name in ("psum_scatter", "psum")}
+    ops = {"psum_scatter": all_ops(8)["psum_scatter"], "all_gather": all_ops(8)["all_gather"]}
     wide = {name: op(v.astype(jnp.float32)).astype(v.dtype) for name, op in ops.items()}
     return {name: op(v) for name, op in ops.items()}, wide
 
@@ -299,6 +298,7 @@ def test_stochastic_sum_is_unbiased_with_the_exact_variance(on_devices, stacked)
   assert np.all(np.abs(draws - exact) <= scale.sum(0) + 1e-6)
 
 
+@pytest.mark.slow
 def test_ring_errs_more_by_half_the_steps(on_devices, stacked):
   """(W - 1) / 2 times the squared error of one shot on independent data: step h carries h terms."""
   n = 8

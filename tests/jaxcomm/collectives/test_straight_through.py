@@ -136,7 +136,8 @@ def test_padded_scatter_and_equal_gather(on_devices, stacked, vjp_of):
   assert equal(x).shape == (36, 3)
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_pmean_has_the_derivative_of_pmean(bits, mode, on_devices, stacked, vjp_of):
   x = stacked(N, (2, 7, 3))
 

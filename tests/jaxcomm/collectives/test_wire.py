@@ -73,7 +73,7 @@ def measured(program, mesh):
 
 @pytest.mark.parametrize(
   ("bits", "axis_type"),
-  [(8, "Explicit"), (4, "Auto"), pytest.param("fp8", "Auto", marks=pytest.mark.slow)],
+  [(8, "Explicit"), *(pytest.param(b, "Auto", marks=pytest.mark.slow) for b in (4, "fp8"))],
 )
 def test_quantized_collectives_send_what_the_formulas_say(bits, axis_type):
   kind = getattr(jax.sharding.AxisType, axis_type)
@@ -99,11 +99,20 @@ def compiled(on_devices, fn, n, shape, mode="checked"):
   return [(op.kind, op.dtype, op.bytes) for op in ops]
 
 
-SHAPES = [(8, (7,)), *(pytest.param(*s, marks=pytest.mark.slow) for s in ((2, (33, 5)), (4, ())))]
+ONE_AND_MORE = (
+  ("compressor", "n", "shape"),
+  [
+    (int4(), 8, (7,)),
+    *(
+      pytest.param(compressor, n, shape, marks=pytest.mark.slow)
+      for compressor in (int8(16), e3m0(16))
+      for n, shape in ((8, (7,)), (2, (33, 5)), (4, ()))
+    ),
+  ],
+)
 
 
-@pytest.mark.parametrize(("n", "shape"), SHAPES)
-@pytest.mark.parametrize("compressor", [int8(16), int4(), e3m0(16)], ids=str)
+@pytest.mark.parametrize(*ONE_AND_MORE)
 def test_two_hops_send_what_the_formula_says(compressor, shape, n, on_devices):
   found = compiled(on_devices, lambda v: compressed_pmean(v, AXIS, compressor), n, shape)
   assert [op[:2] for op in found] == [("all-to-all", "u8"), ("all-gather", "u8")]
@@ -112,8 +121,7 @@ def test_two_hops_send_what_the_formula_says(compressor, shape, n, on_devices):
   assert found[0][2] == found[1][2] == (n - 1) * compressor.payload_bytes((chunk,))
 
 
-@pytest.mark.parametrize(("n", "shape"), SHAPES)
-@pytest.mark.parametrize("compressor", [int8(16), int4()], ids=str)
+@pytest.mark.parametrize(*ONE_AND_MORE)
 def test_one_hop_sends_what_the_formula_says(compressor, shape, n, on_devices):
   found = compiled(on_devices, lambda v: allgather_pmean(v, AXIS, compressor), n, shape)
   want = allgather_pmean_bytes(shape, n, compressor)
@@ -136,6 +144,7 @@ def test_exact_mean_and_loco_send_what_the_formulas_say(on_devices):
   assert sent == 7 * (125 * 3 / 2 + 0.5 + 4 * 2)
 
 
+@pytest.mark.slow
 def test_errors_cost_no_bytes(on_devices):
   for with_error, plain in (
     (compressed_pmean_with_error, compressed_pmean),
@@ -148,6 +157,7 @@ def test_errors_cost_no_bytes(on_devices):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_unchecked_program_sends_the_same(on_devices):
   found = [
     compiled(on_devices, lambda v: compressed_pmean(v, AXIS, int4()), 4, (100,), mode)
@@ -196,7 +206,13 @@ def test_two_hops_spare_the_slow_link():
   assert rotated == {"gpu": 7 * 36, "node": 3 * 36}
 
 
-@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(
+  "axis_type",
+  [
+    jax.sharding.AxisType.Explicit,
+    pytest.param(jax.sharding.AxisType.Auto, marks=pytest.mark.slow),
+  ],
+)
 def test_only_the_named_axis_is_crossed(axis_type):
   """Manual over two axes: groups of the wire are those of `replica`, whatever the mesh type."""
   mesh = jax.make_mesh((4, 2), (AXIS, "fsdp"), (axis_type,) * 2)

@@ -340,7 +340,13 @@ def test_other_replicas_are_refused_with_a_sentence(tiny, saved, folder):
 
 
 @pytest.mark.parametrize("change", ["average_replicas", "broadcast_replica"])
-@pytest.mark.parametrize(("replicas", "stacked"), [(2, False), (8, False), (2, True), (1, False)])
+@pytest.mark.parametrize(
+  ("replicas", "stacked"),
+  [
+    (2, False),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in ((8, False), (2, True), (1, False))),
+  ],
+)
 def test_a_named_change_of_replicas_trains_on(tiny, step4, saved, change, replicas, stacked):
   there = tiny.build_step(replicas=replicas, stacked=stacked, method="diloco_int4")
   restored = restore(saved[0], there.layout, replica_change=change)

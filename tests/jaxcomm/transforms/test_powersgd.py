@@ -145,6 +145,13 @@ def test_alternating_sends_one_factor_at_a_time():
   assert report.amortised(2) == powersgd_bytes((24, 20), 4, 2, variant="alternating")
 
 
+def test_the_state_tells_exact_updates(roll_out):
+  tx = powersgd_mean("replica", start_step=2)
+  for num_updates, exact in ((2, True), (3, False)):
+    _, state = roll_out(tx, np.ones((2, num_updates, 3), np.float32))
+    assert (state.exact == exact).all()
+
+
 def test_a_state_for_other_shards_is_refused():
   tx = powersgd_mean("replica", 1, min_compression_rate=1.0, specs={"w": P("fsdp")})
   mesh = jax.sharding.AbstractMesh((2, 2), ("replica", "fsdp"))
