@@ -110,7 +110,7 @@ def exchange_level(opt_state: Any) -> jax.Array | None:
   """int32[]: how much the last update sent, from 0; None if every update sends the same.
 
   1 for the end of a round (`just_synced`), and one more for an exact mean in place of a compressed
-  one (the states of `one_bit_adam` and `zero_one_adam` have a field `exact`).
+  one (the states of `one_bit_adam`, `zero_one_adam` and `powersgd_mean` have a field `exact`).
 
   Example:
     >>> import jax.numpy as jnp, optax

@@ -32,12 +32,14 @@ class PowerSGDState(NamedTuple):
     residual: float32, like the compressed leaves, differs per device: what compression still owes.
     left: float32, n r elements, equal on all devices; "alternating" only.
     right: float32, r m elements, equal on all devices; the warm start.
+    exact: bool[], equal on all devices; whether the last update came before `start_step`.
   """
 
   count: jax.Array
   residual: Any
   left: Any
   right: Any
+  exact: jax.Array
 
 
 def powersgd_mean(
@@ -91,7 +93,8 @@ def powersgd_mean(
     error: what that is, "local" or "global".
     warm_start: keep R; otherwise draw a new one for every update.
     min_compression_rate: leaves that would shrink by less go uncompressed.
-    start_step: updates with exact means before the first compressed one.
+    start_step: updates with exact means before the first compressed one. Torch waits for 1000; in
+      short runs with Adam a tenth to a fifth of all steps makes up for most of what low rank costs.
     stacked: leading dimensions that count matrices (layers of a scan): one number for all leaves,
       or a tree of numbers like the updates.
     specs: how leaves are sharded over the other mesh axes, see `compressed_mean`; needed for
@@ -220,6 +223,7 @@ class _PowerSGD:
       residual=tree(lambda path, p, plan: jnp.zeros(p.shape), self.error_feedback),
       left=tree(lambda path, p, plan: self._draw(path, 0, plan.left_shape), self.alternates),
       right=tree(lambda path, p, plan: self._draw(path, 1, plan.right_shape), self.warm_start),
+      exact=jnp.zeros((), jnp.bool_),
     )
 
   def update(self, updates, state, params=None):
@@ -237,10 +241,12 @@ class _PowerSGD:
         return _axes.pmean_f32(g, self.axis_name), *own_state
       return self._mean_of_leaf(plan, leaf, count, g, *own_state)
 
+    trees = state.residual, state.left, state.right
     means, *trees = map_leaves(
-      mean_of_leaf, state.count, updates, *state[1:], axis_name=self.axis_name, specs=self.specs
+      mean_of_leaf, state.count, updates, *trees, axis_name=self.axis_name, specs=self.specs
     )
-    return means, PowerSGDState(jnp.asarray(optax.safe_increment(state.count)), *trees)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return means, PowerSGDState(count, *trees, exact=state.count < self.start_step)
 
   def _plans(self, params, specs, mesh) -> dict[str, _Plan | None]:
     """By the names of the leaves."""
