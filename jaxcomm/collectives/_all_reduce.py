@@ -21,9 +21,9 @@ from jaxcomm.collectives._straight_through import (
   straight_through,
 )
 from jaxcomm.compressors import Compressor
+from jaxcomm.compressors._base import Key
 
 Algorithm = Literal["two_hop", "all_gather"]
-Key = jax.Array | None
 
 
 def all_reduce(

@@ -10,8 +10,7 @@ import jax
 from jaxcomm import _axes
 from jaxcomm.collectives._common import wire_codec
 from jaxcomm.compressors import Compressor
-
-Key = jax.Array | None
+from jaxcomm.compressors._base import Key
 
 
 def hop_key(compressor: Compressor, key: Key, axis_name: str, hop: int | jax.Array) -> Key:

@@ -23,9 +23,9 @@ from jaxcomm.collectives._straight_through import (
   straight_through,
 )
 from jaxcomm.compressors import Compressor
+from jaxcomm.compressors._base import Key
 
 Algorithm = Literal["one_shot", "ring"]
-Key = jax.Array | None
 
 
 def all_gather(
@@ -179,7 +179,10 @@ def all_to_all(
 
 
 def _exchange(x_N: jax.Array, axis_name: str, compressor: Compressor | None, key: Key) -> jax.Array:
-  """Chunk j goes to device j: every row of the last axis is a message of its own."""
+  """Chunk j goes to device j: every row of the last axis is a message of its own.
+
+  Every row draws its own noise, so a compressor whose decoder needs the key is refused by `decode`.
+  """
   if compressor is None:
     return jax.lax.all_to_all(x_N, axis_name, 0, 0)
   n, width = x_N.shape[0], row_width(x_N.shape[1:])
@@ -191,7 +194,7 @@ def _exchange(x_N: jax.Array, axis_name: str, compressor: Compressor | None, key
     keys_R = _hops.row_keys(_hops.hop_key(compressor, key, axis_name, 0), x_RD.shape[0])
     sent = jax.vmap(encode)(keys_R, x_RD)
     received = jax.lax.all_to_all(sent.reshape(n, -1, *sent.shape[1:]), axis_name, 0, 0)
-    got_RD = jax.vmap(decode)(keys_R, received.reshape(sent.shape))
+    got_RD = jax.vmap(lambda row: decode(None, row))(received.reshape(sent.shape))
     return got_RD.reshape(x_N.shape).astype(x_N.dtype)
 
 

@@ -65,7 +65,7 @@ def stacked():
   """Gaussian arrays, one per device: stacked(n, shape, seed=0, dtype="float32")."""
 
   def make(n, shape, seed=0, dtype="float32"):
-    return jax.random.normal(jax.random.key(seed), (n, *shape), dtype=jnp.dtype(dtype))
+    return np.random.default_rng(seed).normal(size=(n, *shape)).astype(jnp.dtype(dtype))
 
   return make
 

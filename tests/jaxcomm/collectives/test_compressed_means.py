@@ -55,32 +55,37 @@ def reference(hops, compressor, x, coded):
 
 
 @pytest.mark.parametrize(
-  ("n", "shape"),
-  [(8, (33, 5)), *(pytest.param(*s, marks=SLOW) for s in ((2, (7,)), (4, ()), (8, (7,))))],
+  ("compressor", "n", "shape"),
+  [
+    (int8(16), 4, (33, 5)),
+    *(
+      pytest.param(compressor, *s, marks=SLOW)
+      for compressor in (int8(16), e3m0(16))
+      for s in ((2, (7,)), (4, ()), (8, (33, 5)))
+    ),
+  ],
 )
-def test_equals_the_reference_bit_for_bit(hops, shape, n, on_devices, stacked, coded, bits_of):
+def test_equals_the_reference_bit_for_bit(
+  hops, compressor, shape, n, on_devices, stacked, coded, bits_of
+):
   x = stacked(n, shape)
-
-  def local(v):
-    return [WITH_ERROR[hops](v, AXIS, compressor) for compressor in (int8(16), e3m0(16))]
-
-  for compressor, (mean, error) in zip(
-    (int8(16), e3m0(16)), on_devices(local, "unchecked", n)(x), strict=True
-  ):
-    want = reference(hops, compressor, x, coded)
-    np.testing.assert_array_equal(bits_of(mean), bits_of(np.stack([want[0]] * n)))
-    np.testing.assert_array_equal(error, want[1])
+  fn = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, compressor), "unchecked", n)
+  mean, error = fn(x)
+  want = reference(hops, compressor, x, coded)
+  np.testing.assert_array_equal(bits_of(mean), bits_of(np.stack([want[0]] * n)))
+  np.testing.assert_array_equal(error, want[1])
 
 
 @pytest.mark.parametrize(
   ("n", "compressors"),
   [
     (3, COMPRESSORS[:1]),
-    pytest.param(8, COMPRESSORS[1:3], marks=SLOW),
-    pytest.param(3, COMPRESSORS[3:4], marks=SLOW),
+    (8, COMPRESSORS[1:3]),
+    (3, COMPRESSORS[3:4]),
   ],
   ids=["3-int8", "8-more", "3-stochastic"],
 )
+@SLOW
 def test_devices_and_modes_agree_bit_for_bit(hops, compressors, n, on_devices, stacked, bits_of):
   x = stacked(n, (33, 5))
 
@@ -102,8 +107,9 @@ def test_devices_and_modes_agree_bit_for_bit(hops, compressors, n, on_devices, s
     np.testing.assert_array_equal(bits_of(plain), bits_of(mean))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(0,), (3, 0), (), (1,), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize(
+  ("shape", "dtype"), [((3, 0), "float16"), ((), "bfloat16"), ((2, 3, 5), "bfloat16")], ids=str
+)
 def test_shape_and_dtype_stay(hops, shape, dtype, on_devices):
   x = jax.ShapeDtypeStruct((4, *shape), dtype)
 
@@ -139,7 +145,9 @@ def test_result_is_typed_as_equal(hops, on_devices):
     jax.eval_shape(error, x)
 
 
-@pytest.mark.parametrize("mode", ["checked", pytest.param("unchecked", marks=SLOW), "vmap"])
+@pytest.mark.parametrize(
+  "mode", ["vmap", *(pytest.param(mode, marks=SLOW) for mode in ("checked", "unchecked"))]
+)
 def test_mean_of_equal_values_is_allowed(hops, mode, on_devices):
   """The operand may be typed as equal (shard_map), or carry no batch axis (vmap)."""
   constant = jnp.arange(-127.0, 1.0)
@@ -152,7 +160,8 @@ def test_mean_of_equal_values_is_allowed(hops, mode, on_devices):
   np.testing.assert_allclose(got, np.stack([constant] * 4), atol=0.5)
 
 
-@pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=SLOW) for n in (2, 8))])
+@SLOW
+@pytest.mark.parametrize("n", [2, 4, 8])
 def test_exact_on_the_grid(hops, n, on_devices):
   """Integers with a full-scale element in every block of every contribution and of the mean."""
   rng = np.random.default_rng(0)
@@ -230,7 +239,7 @@ def test_error_feedback_over_rounds_loses_nothing(hops, compressor, on_devices, 
   np.testing.assert_allclose(got, np.asarray(g, np.float64).sum((0, 1)) / n, atol=1e-5 * rounds)
 
 
-@pytest.mark.parametrize("mode", CHECKED_FIRST)
+@SLOW
 def test_one_device_keeps_its_value(hops, mode, on_devices, stacked):
   x = stacked(1, (33, 5))
   mean, error = on_devices(lambda v: WITH_ERROR[hops](v, AXIS, int4()), mode, 1)(x)
@@ -238,6 +247,7 @@ def test_one_device_keeps_its_value(hops, mode, on_devices, stacked):
   assert not np.any(error)
 
 
+@SLOW
 def test_bad_numbers_spoil_their_block_on_all_devices(hops, on_devices, stacked):
   x = np.array(stacked(4, (4 * 32,)))
   fn = on_devices(lambda v: MEANS[hops](v, AXIS, int8(16)), "vmap", 4)

@@ -82,6 +82,7 @@ def test_full_memory_keeps_no_error(on_devices, g):
   np.testing.assert_array_equal(sums[:, 2], plain(g[:, 2]))
 
 
+@pytest.mark.slow
 def test_error_is_stored_in_one_byte(on_devices, g, coded):
   """After one step: what int8 blocks make of the exact error."""
   _, errors, _, _ = run(on_devices, g, error_bits=8, err_beta=0.0)

@@ -87,7 +87,7 @@ def in_order(compressor, rows, coded):
 
 @pytest.mark.parametrize("bits", FORMATS)
 def test_equals_the_reference_bit_for_bit(bits, on_devices, x, coded, bits_of):
-  got = program(on_devices, "unchecked", bits)(x)
+  got = program(on_devices, "vmap", bits)(x)
   for name in got:
     want = reference(name, compressor_of(bits, BLOCK), x, coded)
     np.testing.assert_array_equal(bits_of(got[name]), bits_of(want), err_msg=name)
@@ -95,22 +95,22 @@ def test_equals_the_reference_bit_for_bit(bits, on_devices, x, coded, bits_of):
 
 @pytest.mark.slow
 def test_hadamard_is_a_rotation_of_every_message(on_devices, x, coded, bits_of):
-  got = program(on_devices, "unchecked", 4, 32)(x)
+  got = program(on_devices, "vmap", 4, 32)(x)
   for name in got:
     want = reference(name, compressor_of(4, BLOCK, hadamard=32), x, coded)
     np.testing.assert_array_equal(bits_of(got[name]), bits_of(want), err_msg=name)
 
 
-@pytest.mark.parametrize("mode", ["checked", "vmap"])
+@pytest.mark.parametrize("mode", ["checked", pytest.param("unchecked", marks=pytest.mark.slow)])
 def test_modes_agree_bit_for_bit(mode, on_devices, x, bits_of):
-  want = bits_of(program(on_devices, "unchecked", 8)(x))
+  want = bits_of(program(on_devices, "vmap", 8)(x))
   got = bits_of(program(on_devices, mode, 8)(x))
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("bits", FORMATS)
 def test_nan_and_inf_spoil_their_block_and_no_other(bits, on_devices, x):
-  fn = program(on_devices, "unchecked", bits)
+  fn = program(on_devices, "vmap", bits)
   bad = x.copy()
   bad[2, 4, 1] = np.nan  # row 4: chunk 1 of a reduce-scatter; element 21 of 45, chunk 1 of a sum
   bad[1, 7, 3] = -np.inf  # row 7: chunk 2; element 38, chunk 3
@@ -149,7 +149,7 @@ def test_layouts_are_those_of_lax(axes, on_devices):
       lax["a2a", tiled] = jax.lax.all_to_all(part, AXIS, split, concat, tiled=tiled)
     return ours, lax
 
-  ours, lax = on_devices(local, "unchecked", N)(x)
+  ours, lax = on_devices(local, "vmap", N)(x)
   jax.tree.map(np.testing.assert_array_equal, ours, lax)
 
 
@@ -167,7 +167,7 @@ def test_exact_on_the_grid(on_devices):
   np.testing.assert_array_equal(scattered, x.sum(0).reshape(N, 2, BLOCK))
 
 
-@pytest.mark.parametrize("mode", ["unchecked", "vmap"])
+@pytest.mark.parametrize("mode", ["vmap", pytest.param("unchecked", marks=pytest.mark.slow)])
 def test_without_bits_it_is_the_lax_collective(mode, on_devices, stacked, bits_of):
   x = stacked(N, (8, 3))
 
@@ -195,6 +195,7 @@ def test_without_bits_it_is_the_lax_collective(mode, on_devices, stacked, bits_o
   jax.tree.map(np.testing.assert_array_equal, ours, lax)
 
 
+@pytest.mark.slow
 def test_low_precision_is_widened_before_and_narrowed_after(on_devices, stacked):
   x = stacked(N, (ROWS, COLUMNS), dtype="bfloat16")
 
