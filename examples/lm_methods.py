@@ -53,8 +53,8 @@ class MethodConfig(RunConfig):
   rank: int = 4
   """of the two factors that powersgd sends"""
   exact_steps: int | None = None
-  """steps with float32 means before one_bit_adam sends signs, or before zero_one_adam freezes its
-  variances; default a fifth of the schedule"""
+  """steps with float32 means before powersgd sends factors or one_bit_adam signs, or before
+  zero_one_adam freezes its variances; default a fifth of the schedule"""
   demo_topk: int = 32
   """coefficients that demo sends of each chunk of 64 x 64"""
   demo_decay: float = 0.999
@@ -126,7 +126,7 @@ class MethodConfig(RunConfig):
     if self.method in ROUNDS:
       return 1 - 1 / self.sync_period, 1 / self.sync_period
     exact = self.num_exact_steps
-    if self.method == "one_bit_adam":
+    if self.method in ("powersgd", "one_bit_adam"):
       return 1 - min(exact, self.steps) / self.steps, min(exact, self.steps) / self.steps
     if self.method == "zero_one_adam":
       levels = zero_one_adam_levels(self.steps, var_freeze_step=exact)
@@ -204,7 +204,13 @@ def build_transform(
       return jaxcomm.diloco(inner, outer, sync_period=config.sync_period)
     case "powersgd":
       mean = jaxcomm.powersgd_mean(
-        "replica", config.rank, stacked=stacked, specs=specs, mesh=mesh, seed=config.seed
+        "replica",
+        config.rank,
+        start_step=config.num_exact_steps,
+        stacked=stacked,
+        specs=specs,
+        mesh=mesh,
+        seed=config.seed,
       )
       return optax.chain(mean, inner)
     case "ef21":
