@@ -2,9 +2,10 @@
 
 The learning rate is tuned for data parallelism on seed 100 (four rates, then two finer ones) and
 reused by every method but DeMo, whose update has another scale and which gets the same budget of
-its own. Then every method runs with seeds 0, 1 and 2. All runs are those of the command-line
-program: the `tiny` model, 8 replicas stacked on one device, one process per core. The time of a
-step is taken apart from them, on 8 virtual devices, one method after the other.
+its own. To tune data parallelism one replica takes the whole batch: the same mean gradient in less
+time. Then every method runs with seeds 0, 1 and 2. All runs are those of the command-line program:
+the `tiny` model, 8 replicas stacked on one device, one thread each. The time of a step is taken
+apart from them, on 8 virtual devices, one method after the other.
 
     python scripts/bench_compressed.py runs/compressed             # resumes where it stopped
     python scripts/bench_compressed.py runs/compressed --times     # on an idle machine
@@ -22,9 +23,10 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, TUNE_SEED, SEEDS = 1500, 100, (0, 1, 2)
-SHAPE = ("--replicas", "8", "--seq-len", "32")
+SEQ_LEN, REPLICAS = "32", "8"
 LEARNING_RATES = {"ddp": (2e-3, 4e-3, 8e-3, 16e-3), "demo": (5e-4, 1e-3, 2e-3, 4e-3)}
 FINER = (0.7, 1.4)
+ONE_REPLICA = ("--method", "none", "--replicas", "1")
 METHODS = {
   "ddp": ("--method", "ddp"),
   "powersgd": ("--method", "powersgd", "--rank", "4"),
@@ -43,7 +45,8 @@ def train(out: pathlib.Path, *flags: str, threads: int | None = 1) -> dict:
     env = dict(os.environ, JAX_PLATFORMS="cpu")
     if threads == 1:
       env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    command = [sys.executable, ROOT / "examples" / "train_lm.py", "--out", out, *SHAPE, *flags]
+    command = [sys.executable, ROOT / "examples" / "train_lm.py", "--out", out, *flags]
+    command += ["--seq-len", SEQ_LEN]
     if out.exists():
       command.append("--resume")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +59,17 @@ def run(root: pathlib.Path, name: str, lr: float, seed: int) -> float:
   """Final evaluation loss of one run, which is made if it is not there."""
   flags = ["--steps", STEPS, "--eval-every", STEPS // 10, "--eval-batches", 32, "--max-devices", 1]
   flags += ["--log-every", 50, "--save-every", 500, "--lr", f"{lr:.3g}", "--seed", seed]
+  method = (*METHODS[name], "--replicas", REPLICAS)
+  if name == "ddp" and seed == TUNE_SEED:
+    method = ONE_REPLICA
   out = root / name / f"lr_{lr:.3g}_seed_{seed}"
-  loss = train(out, *METHODS[name], *map(str, flags))["eval_loss"]
+  loss = train(out, *method, *map(str, flags))["eval_loss"]
   print(f"{loss:.4f} {out}", flush=True)
   return loss
 
 
 def tune(root: pathlib.Path, pool: concurrent.futures.Executor, name: str) -> float:
-  """The best of four rates and two between them and their neighbours, on the tuning seed."""
+  """The best of four rates and of two beside it, on the tuning seed."""
 
   def best(rates):
     losses = list(pool.map(lambda lr: run(root, name, lr, TUNE_SEED), rates))
@@ -75,7 +81,18 @@ def tune(root: pathlib.Path, pool: concurrent.futures.Executor, name: str) -> fl
 
 def measure_times(root: pathlib.Path) -> None:
   """Trains each method for some steps on 8 virtual devices, compressed from the second step on."""
-  flags = ("--steps", "30", "--log-every", "1", "--eval-every", "0", "--exact-steps", "1")
+  flags = (
+    "--replicas",
+    REPLICAS,
+    "--steps",
+    "30",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "0",
+    "--exact-steps",
+    "1",
+  )
   for name, method in METHODS.items():
     summary = train(root / "times" / name, *method, *flags, threads=None)
     print(f"{1e3 * summary['step_seconds']:.1f} ms {name}", flush=True)
@@ -173,13 +190,10 @@ def main() -> None:
     measure_times(args.runs)
   else:
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
-      rates = {
-        name: tune(args.runs, pool, name) for name in ("ddp", "demo") if name in args.methods
-      }
-      jobs = [
-        (name, rates.get(name, rates["ddp"]), seed) for seed in SEEDS for name in args.methods
-      ]
-      list(pool.map(lambda job: run(args.runs, *job), jobs))
+      tuned = [name for name in LEARNING_RATES if name in ("ddp", *args.methods)]
+      rates = {name: tune(args.runs, pool, name) for name in tuned}
+      jobs = [(name, rates.get(name, rates["ddp"])) for name in args.methods]
+      list(pool.map(lambda job: run(args.runs, *job), [(*j, seed) for seed in SEEDS for j in jobs]))
 
 
 if __name__ == "__main__":
