@@ -50,7 +50,7 @@ def train(out: pathlib.Path, *flags: str, threads: int | None = 1) -> dict:
     if out.exists():
       command.append("--resume")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".log").open("a") as log:
+    with out.with_name(f"{out.name}.log").open("a") as log:
       subprocess.run([str(c) for c in command], env=env, stdout=log, stderr=log, check=True)
   return json.loads(summary.read_text())
 
