@@ -179,12 +179,11 @@ def all_to_all(
 
 
 def _exchange(x_N: jax.Array, axis_name: str, compressor: Compressor | None, key: Key) -> jax.Array:
-  """Chunk j goes to device j: every row of the last axis is a message of its own.
-
-  Every row draws its own noise, so a compressor whose decoder needs the key is refused by `decode`.
-  """
+  """Chunk j goes to device j: every row of the last axis is a message of its own."""
   if compressor is None:
     return jax.lax.all_to_all(x_N, axis_name, 0, 0)
+  if compressor.shared_key:  # a row that arrives was not drawn with the key of that row here
+    raise ValueError(f"`compressor` of an all_to_all must not need a shared key, got {compressor}.")
   n, width = x_N.shape[0], row_width(x_N.shape[1:])
   encode, decode = wire_codec(compressor, (width,), key)
   if _nothing_to_send(x_N, axis_name):

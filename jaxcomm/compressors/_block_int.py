@@ -92,11 +92,8 @@ class BlockInt(Compressor):
 
   def _encode(self, key: Key, x_D: jax.Array) -> Payload:
     x_KB, scale_K1 = self._scaled(x_D)
-    if self.rounding == "nearest":
-      codes_KB = _blocks.nearest_multiples(x_KB, scale_K1)
-    else:
-      codes_KB = _blocks.stochastic_multiples(key, x_KB, scale_K1)
-    return {"codes": pack_signed(codes_KB, x_D.size, self.bits), "scales": scale_K1[:, 0]}
+    noise_key = key if self.rounding == "stochastic" else None
+    return encode_multiples(noise_key, x_KB, scale_K1, x_D.size, self.bits)
 
   def _scaled(self, x_D: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_KB = _blocks.to_blocks(x_D, self.block_size)
@@ -117,12 +114,23 @@ class BlockInt(Compressor):
     return _blocks.multiples_variance(*self._scaled(x_D))
 
 
-def pack_signed(codes_KB: jax.Array, size: int, bits: int) -> jax.Array:
-  """The first `size` codes: int8[size] for 8 bits, else packed two's complement."""
-  codes = _blocks.from_blocks(codes_KB, size)
+def encode_multiples(
+  key: Key, x_KB: jax.Array, scale_K1: jax.Array, size: int, bits: int
+) -> Payload:
+  """The payload of the first `size` elements; rounded to nearest if `key` is None."""
+  noise = None if key is None else _blocks.column_noise(key, x_KB.shape)
+
+  def code(i, step):
+    x = x_KB[:, i::step]
+    if noise is None:
+      return _blocks.nearest_multiples(x, scale_K1)
+    return _blocks.stochastic_multiples(x, noise(i, step), scale_K1)
+
   if bits == 8:
-    return codes
-  return _packing.pack(codes.astype(jnp.uint8) & (2**bits - 1), bits)
+    codes = _blocks.from_blocks(code(0, 1), size)
+  else:
+    codes = _packing.pack_columns(code, x_KB.shape, bits, size)
+  return {"codes": codes, "scales": scale_K1[:, 0]}
 
 
 def decode_multiples(payload: Payload, size: int, bits: int, block_size: int) -> jax.Array:

@@ -4,6 +4,7 @@ Letters: K blocks, B elements per block. A block is a row of consecutive element
 array. The last block is padded with zeros for the computation only: no padding is ever sent.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -72,13 +73,46 @@ def nearest_multiples(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
   return jnp.round(_ratio(x_KB, _inverse(scale_K1))).astype(jnp.int8)
 
 
-def stochastic_multiples(key: jax.Array, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
-  """int8 codes c of a neighbour c * scale of x, with mean x; 0 where the scale is zero or NaN."""
+def stochastic_multiples(x_KB: jax.Array, noise_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
+  """int8 codes c of a neighbour c * scale of x, 0 where the scale is zero or NaN.
+
+  The mean is x if `noise_KB` is uniform in [0, 1).
+  """
   inverse_K1 = _inverse(scale_K1)
   low_KB = _floor_multiple(x_KB, scale_K1, inverse_K1)
   fraction_KB = (x_KB - low_KB * scale_K1) * inverse_K1
-  up_KB = jax.random.uniform(key, x_KB.shape) < fraction_KB
-  return jnp.where(inverse_K1 > 0, low_KB + up_KB.astype(jnp.float32), 0.0).astype(jnp.int8)
+  up_KB = (noise_KB < fraction_KB).astype(jnp.float32)
+  return jnp.where(inverse_K1 > 0, low_KB + up_KB, 0.0).astype(jnp.int8)
+
+
+def column_noise(key: jax.Array, shape: tuple[int, int]) -> Callable[[int, int], jax.Array]:
+  """noise(i, step): float32 for the columns i::step of [K, B], uniform in [0, 1).
+
+  Random bits are most of the cost of stochastic rounding, so two neighbours share 32 of them: each
+  has 16 of its own on top and the other's below. Every number alone is uniform on the multiples of
+  2^-24; the two have a correlation of 2^-15.
+  """
+  num, width = shape
+  words_KH = jax.random.bits(key, (num, -(-width // 2)), jnp.uint32)
+  words_KH = jax.lax.optimization_barrier(words_KH)  # else drawn again for every use
+
+  def noise(i, step):
+    if step % 2:
+      both = jnp.stack([words_KH, _swap_halves(words_KH)], axis=2).reshape(num, -1)
+      return _unit(both[:, i:width:step])
+    words = words_KH[:, i // 2 :: step // 2]
+    return _unit(_swap_halves(words) if i % 2 else words)
+
+  return noise
+
+
+def _swap_halves(words: jax.Array) -> jax.Array:
+  return (words << 16) | (words >> 16)
+
+
+def _unit(words: jax.Array) -> jax.Array:
+  """float32 in [0, 1) of the upper 24 bits, which int32 holds as well and converts faster."""
+  return (words >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
 
 
 def multiples_variance(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:

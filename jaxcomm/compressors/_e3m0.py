@@ -85,27 +85,22 @@ class E3M0(Compressor):
 
   def _encode(self, key: Key, x_D: jax.Array) -> Payload:
     x_KB, scale_K1 = self._scaled(x_D)
-    index_KB = self._round(key, jnp.abs(x_KB), scale_K1)
-    negative_KB = (x_KB < 0) & (index_KB > 0)  # one code for zero
-    codes_KB = index_KB | (negative_KB.astype(jnp.uint8) << 3)
-    codes = _packing.pack(_blocks.from_blocks(codes_KB, x_D.size), 4)
+    stochastic = self.rounding == "stochastic"
+    noise = _blocks.column_noise(key, x_KB.shape) if stochastic else None
+
+    def code(i, step):
+      x = x_KB[:, i::step]
+      index = _index(jnp.abs(x), scale_K1, noise and noise(i, step))
+      negative = (x < 0) & (index > 0)  # one code for zero
+      return index | (negative.astype(jnp.uint8) << 3)
+
+    codes = _packing.pack_columns(code, x_KB.shape, 4, x_D.size)
     return {"codes": codes, "scales": scale_K1[:, 0]}
 
   def _scaled(self, x_D: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_KB = _blocks.to_blocks(x_D, self.block_size)
     absmax_K1 = _norms.absmax(x_KB)
     return x_KB, jnp.where(absmax_K1 < _SMALLEST_SCALE, 0.0, absmax_K1)
-
-  def _round(self, key: Key, x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
-    """Index into LEVELS of the magnitudes x; 0 in blocks whose scale is zero or NaN."""
-    scale_K1 = jnp.where(scale_K1 > 0, scale_K1, jnp.nan)  # no comparison with NaN is true
-    if self.rounding == "nearest":
-      middles = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
-      return _count_reached(x_KB, scale_K1, middles)
-    index_KB, low_KB, gap_KB = _neighbours(x_KB, scale_K1)
-    # At the top level the gap is zero, and 0 < 0 keeps it there.
-    up_KB = jax.random.uniform(key, x_KB.shape) * gap_KB < x_KB - low_KB
-    return index_KB + up_KB.astype(jnp.uint8)
 
   def _decode(self, payload: Payload, size: int, key: Key) -> jax.Array:
     del key
@@ -126,6 +121,20 @@ class E3M0(Compressor):
     below_KB = jnp.abs(x_KB) - low_KB
     lost_KB = jnp.where(scale_K1 == 0, jnp.square(x_KB), below_KB * (gap_KB - below_KB))
     return jnp.sum(lost_KB)
+
+
+def _index(x_KB: jax.Array, scale_K1: jax.Array, noise_KB: jax.Array | None) -> jax.Array:
+  """Index into LEVELS of the magnitudes x; 0 in blocks whose scale is zero or NaN.
+
+  To nearest without noise; with noise that is uniform in [0, 1) the mean is x.
+  """
+  scale_K1 = jnp.where(scale_K1 > 0, scale_K1, jnp.nan)  # no comparison with NaN is true
+  if noise_KB is None:
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
+    return _count_reached(x_KB, scale_K1, middles)
+  index_KB, low_KB, gap_KB = _neighbours(x_KB, scale_K1)
+  # At the top level the gap is zero, and 0 < 0 keeps it there.
+  return index_KB + (noise_KB * gap_KB < x_KB - low_KB).astype(jnp.uint8)
 
 
 def _neighbours(x_KB: jax.Array, scale_K1: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

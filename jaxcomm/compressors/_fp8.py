@@ -112,7 +112,7 @@ class FP8(Compressor):
       steps_KB = jnp.round(steps_KB)
     else:
       low_KB = jnp.floor(steps_KB)
-      up_KB = jax.random.uniform(key, x_KB.shape) < steps_KB - low_KB
+      up_KB = _blocks.column_noise(key, x_KB.shape)(0, 1) < steps_KB - low_KB
       steps_KB = low_KB + up_KB.astype(jnp.float32)
     floats = _blocks.from_blocks(steps_KB * step_KB, x_D.size).astype(self._float8.dtype)
     codes = jax.lax.bitcast_convert_type(floats, jnp.uint8)

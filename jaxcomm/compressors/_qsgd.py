@@ -8,7 +8,7 @@ import jax
 
 from jaxcomm.compressors import _blocks, _norms, _packing
 from jaxcomm.compressors._base import Compressor, Key, Payload
-from jaxcomm.compressors._block_int import decode_multiples, pack_signed
+from jaxcomm.compressors._block_int import decode_multiples, encode_multiples
 
 Norm = Literal["l2", "linf"]
 
@@ -80,8 +80,7 @@ class QSGD(Compressor):
 
   def _encode(self, key: Key, x_D: jax.Array) -> Payload:
     x_KB, scale_K1 = self._scaled(x_D)
-    codes_KB = _blocks.stochastic_multiples(key, x_KB, scale_K1)
-    return {"codes": pack_signed(codes_KB, x_D.size, self.bits), "scales": scale_K1[:, 0]}
+    return encode_multiples(key, x_KB, scale_K1, x_D.size, self.bits)
 
   def _scaled(self, x_D: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_KB = _blocks.to_blocks(x_D, self.bucket_size)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxcomm.collectives import (
+  _linear,
   hierarchical_psum_scatter,
   loco_init,
   loco_psum_scatter,
@@ -19,7 +20,8 @@ from jaxcomm.collectives import (
   quantized_psum,
   quantized_psum_scatter,
 )
-from jaxcomm.collectives._options import compressor_of
+from jaxcomm.collectives._options import Wire, compressor_of
+from jaxcomm.compressors import rand_k
 
 AXIS, N, BLOCK = "replica", 4, 16
 KEY = jax.random.key(5)
@@ -242,7 +244,7 @@ def test_one_device_and_no_elements_send_and_round_nothing(on_devices, stacked):
 
 
 @functools.cache
-def scatter_of_37(on_devices):
+def scatter(on_devices):
   def local(v):
     return quantized_psum_scatter(v, AXIS, bits=8, block_size=8)
 
@@ -253,25 +255,28 @@ def scatter_of_37(on_devices):
   max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
+  shape=st.sampled_from([(37,), (1,), (5, 3)]),
   seed=st.integers(0, 2**16),
   magnitude=st.integers(-30, 30),
   spread=st.integers(0, 3),
-  outlier=st.none() | st.tuples(st.integers(0, N - 1), st.integers(0, 36)),
+  outlier=st.sampled_from([1.0, 1e4]),
 )
-def test_error_per_element_is_bounded(on_devices, seed, magnitude, spread, outlier):
+def test_error_per_element_is_bounded(on_devices, shape, seed, magnitude, spread, outlier):
   """Each contribution errs by half of its block's step, float32 sums by their rounding."""
   rng = np.random.default_rng(seed)
-  x = rng.normal(size=(N, 37)) * 10.0 ** (magnitude + rng.integers(0, spread + 1, (N, 37)))
-  if outlier:
-    x[outlier] *= 1e4
+  x = rng.normal(size=(N, *shape)) * 10.0 ** (magnitude + rng.integers(0, spread + 1, (N, *shape)))
+  x.flat[rng.integers(x.size)] *= outlier
   x = x.astype(np.float32)
-  got = np.asarray(scatter_of_37(on_devices)(x), np.float64).reshape(-1)[:37]
-  wide = x.astype(np.float64)
-  chunks = np.pad(np.abs(wide), ((0, 0), (0, 3))).reshape(N, N, 10)
-  steps = np.zeros((N, N, 10))
-  for start, stop in ((0, 8), (8, 10)):  # the blocks of a chunk
-    steps[..., start:stop] = chunks[..., start:stop].max(-1, keepdims=True) / 127 * (1 + 2**-16)
-  bound = steps.sum(0).reshape(-1)[:37] / 2 + N * 2.0**-24 * np.abs(wide).sum(0) * 1.01
+  rows = -(-shape[0] // N)  # of a chunk
+  got = np.asarray(scatter(on_devices)(x), np.float64).reshape(N * rows, *shape[1:])
+  wide = np.zeros((N, *got.shape))
+  wide[:, : shape[0]] = x
+  chunks = np.abs(wide).reshape(N, N, -1)
+  steps = np.zeros_like(chunks)
+  for start in range(0, chunks.shape[2], 8):  # the blocks of a chunk
+    block = slice(start, start + 8)
+    steps[..., block] = chunks[..., block].max(-1, keepdims=True) / 127 * (1 + 2**-16)
+  bound = steps.sum(0).reshape(got.shape) / 2 + N * 2.0**-24 * np.abs(wide).sum(0) * 1.01
   assert np.all(np.abs(got - wide.sum(0)) <= bound)
 
 
@@ -361,6 +366,19 @@ def test_rejects_bad_input(on_devices):
       run(jnp.zeros((2, 4), jnp.int8))
     with pytest.raises(ValueError, match="`axis_name` must be the name of one axis"):
       op(jnp.zeros(4), (AXIS, "data"))
+
+
+def test_exchange_of_rows_refuses_a_shared_key(on_devices):
+  """Sender and receiver number their rows differently: the decoder would draw other places."""
+  wire = Wire(rand_k(2, shared_support=True), None)
+
+  def exchange(v):
+    options = {"split_axis": 0, "concat_axis": 0, "tiled": True}
+    return _linear.all_to_all(v, AXIS, wire, KEY, **options)
+
+  for n in (1, 2):
+    with pytest.raises(ValueError, match="`compressor` of an all_to_all must not need a shared ke"):
+      jax.eval_shape(on_devices(exchange, "unchecked", n), jnp.zeros((n, 4, 3)))
 
 
 def test_rejects_bad_axes(on_devices):

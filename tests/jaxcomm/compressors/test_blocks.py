@@ -41,6 +41,28 @@ def test_integer_scale_is_exact_on_multiples_of_qmax(qmax):
   np.testing.assert_array_equal(got, scales)
 
 
+def test_noise_of_columns_is_uniform_and_the_same_in_all_layouts():
+  @jax.jit
+  def draw(key):
+    noise = _blocks.column_noise(key, (1000, 40))
+    odd = _blocks.column_noise(key, (3, 7))(0, 1)
+    return noise(0, 1), {(i, step): noise(i, step) for step in (2, 4, 8) for i in range(step)}, odd
+
+  whole, columns, odd = draw(jax.random.key(0))
+  whole = np.asarray(whole, np.float64)
+  for (i, step), part in columns.items():
+    np.testing.assert_array_equal(part, whole[:, i::step])
+  assert odd.shape == (3, 7)
+  assert 0 <= whole.min() < 1e-4
+  assert 1 - 1e-4 < whole.max() < 1
+  np.testing.assert_array_equal(whole * 2**24 % 1, 0)
+  # Every bit, from the first to the 24th, and no two columns move together.
+  ones = np.stack([np.floor(whole * 2**b) % 2 for b in range(1, 25)])
+  assert np.abs(ones.mean((1, 2)) - 0.5).max() < 5 * 0.5 / np.sqrt(whole.size)
+  correlation = np.corrcoef(whole.T)[np.triu_indices(40, 1)]
+  assert np.abs(correlation).max() < 5.5 / np.sqrt(len(whole))
+
+
 def test_integer_scale_below_the_normal_range_is_zero_and_nan_stays():
   tiny = np.finfo(np.float32).tiny
   absmax = jnp.asarray([0.0, 126 * tiny, 128 * tiny, np.nan], jnp.float32)
