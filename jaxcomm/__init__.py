@@ -7,6 +7,7 @@ from jaxcomm.transforms import (
   compressed_mean,
   demo,
   diloco,
+  eager_diloco,
   ef21,
   error_feedback,
   just_synced,
@@ -16,6 +17,7 @@ from jaxcomm.transforms import (
   pmean_over,
   powersgd_mean,
   sign_majority,
+  streaming_diloco,
   zero_one_adam,
 )
 
@@ -25,6 +27,7 @@ __all__ = [
   "demo",
   "diloco",
   "e3m0",
+  "eager_diloco",
   "ef21",
   "error_feedback",
   "int4",
@@ -37,5 +40,6 @@ __all__ = [
   "powersgd_mean",
   "quantized_pmean",
   "sign_majority",
+  "streaming_diloco",
   "zero_one_adam",
 ]

@@ -82,10 +82,20 @@ def cond(pred: jax.Array, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
   "synchronised" (equal everywhere) and "kept" (differs) would not. And if `pred` differs the plain
   one types results of equal branches as equal, which they need not be.
   """
+  false_fun, true_fun = _typed_alike((false_fun, true_fun), pred, operands)
+  return jax.lax.cond(pred, true_fun, false_fun, *operands)
+
+
+def switch(index: jax.Array, branches: Any, *operands: Any) -> Any:
+  """`jax.lax.switch` with the types of `cond`."""
+  return jax.lax.switch(index, _typed_alike(branches, index, operands), *operands)
+
+
+def _typed_alike(branches: Any, index: jax.Array, operands: Any) -> list[Any]:
   # Traced once: the types are needed before the branches can be.
-  true_fun, false_fun = (jax.jit(fun, inline=True) for fun in (true_fun, false_fun))
-  shapes = [jax.eval_shape(fun, *operands) for fun in (true_fun, false_fun)]
-  axes = jax.tree.map(lambda *s: _Axes(varying_axes(pred).union(*map(_axes_of, s))), *shapes)
+  branches = [jax.jit(fun, inline=True) for fun in branches]
+  shapes = [jax.eval_shape(fun, *operands) for fun in branches]
+  axes = jax.tree.map(lambda *s: _Axes(varying_axes(index).union(*map(_axes_of, s))), *shapes)
 
   def typed(fun):
     def branch(*args):
@@ -93,7 +103,7 @@ def cond(pred: jax.Array, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
 
     return branch
 
-  return jax.lax.cond(pred, typed(true_fun), typed(false_fun), *operands)
+  return [typed(fun) for fun in branches]
 
 
 class _Axes:

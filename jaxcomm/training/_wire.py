@@ -99,9 +99,14 @@ def _at(levels: Sequence[dict[str, float]], i: int) -> dict[str, float]:
 def _levels(report: WireReport) -> tuple[dict[str, float], ...]:
   """Bytes per axis of everything that the step may send, in rising order of the sum.
 
-  Independent conditionals (two methods with rounds of their own) could be combined in many ways:
-  then only nothing of it and all of it.
+  One conditional of more than two branches (a method that sends fragments): as the branches are
+  counted. Independent conditionals (two methods with rounds of their own) could be combined in many
+  ways: then only nothing of it and all of it.
   """
+  branches = {op.branch for op in report.ops if op.branch}
+  if len({b[0].conditional for b in branches}) == 1:
+    if all(len(b) == 1 and b[0].num_branches > 2 for b in branches):
+      return tuple(report.by_axis_of_paths())
   try:
     paths = report.by_axis_of_paths()
   except ValueError:  # too many

@@ -1,5 +1,12 @@
 """Communication-efficient optimizers as optax transforms, one method per file."""
 
+from jaxcomm.transforms._clock import (
+  Arrival,
+  QuorumSchedule,
+  simulate_arrivals,
+  simulate_quorum,
+)
+from jaxcomm.transforms._fragments import FragmentsState, fragment_labels
 from jaxcomm.transforms._local_updates import (
   LocalUpdatesState,
   apply_updates,
@@ -8,9 +15,16 @@ from jaxcomm.transforms._local_updates import (
   outer_params,
 )
 from jaxcomm.transforms._masha import MashaState, draw_refresh, masha_bytes
+from jaxcomm.transforms.async_outer import (
+  DelayedNesterovState,
+  async_outer,
+  delayed_nesterov,
+)
 from jaxcomm.transforms.compressed_mean import CompressedMeanState, compressed_mean
+from jaxcomm.transforms.decoupled_diloco import decoupled_diloco
 from jaxcomm.transforms.demo import DemoState, demo, demo_bytes
 from jaxcomm.transforms.diloco import diloco
+from jaxcomm.transforms.eager_diloco import EagerMeanState, eager_diloco
 from jaxcomm.transforms.ef21 import EF21State, ef21
 from jaxcomm.transforms.error_feedback import error_feedback
 from jaxcomm.transforms.extragradient import (
@@ -32,6 +46,7 @@ from jaxcomm.transforms.sign_majority import (
   sign_majority,
   sign_majority_bytes,
 )
+from jaxcomm.transforms.streaming_diloco import streaming_diloco
 from jaxcomm.transforms.zero_one_adam import (
   ZeroOneAdamState,
   zero_one_adam,
@@ -39,30 +54,40 @@ from jaxcomm.transforms.zero_one_adam import (
 )
 
 __all__ = [
+  "Arrival",
   "CompressedMeanState",
+  "DelayedNesterovState",
   "DemoState",
   "EF21State",
+  "EagerMeanState",
   "ExtragradientState",
   "ExtragradientTransformation",
   "FedZipState",
+  "FragmentsState",
   "LocalUpdatesState",
   "MashaState",
   "OneBitAdamState",
   "PowerSGDState",
+  "QuorumSchedule",
   "SignMajorityState",
   "ZeroOneAdamState",
   "apply_updates",
+  "async_outer",
   "check_monotone",
   "compressed_mean",
+  "decoupled_diloco",
+  "delayed_nesterov",
   "demo",
   "demo_bytes",
   "diloco",
   "draw_refresh",
+  "eager_diloco",
   "ef21",
   "error_feedback",
   "exchange_level",
   "extragradient",
   "fedzip",
+  "fragment_labels",
   "gap_bilinear",
   "just_synced",
   "local_sgd",
@@ -78,6 +103,9 @@ __all__ = [
   "saddle_operator",
   "sign_majority",
   "sign_majority_bytes",
+  "simulate_arrivals",
+  "simulate_quorum",
+  "streaming_diloco",
   "zero_one_adam",
   "zero_one_adam_levels",
 ]

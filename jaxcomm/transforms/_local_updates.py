@@ -12,12 +12,13 @@ from jaxcomm.transforms._checks import check_floating, check_period, check_trans
 
 
 class LocalUpdatesState(NamedTuple):
-  """State of `local_sgd` and `diloco`.
+  """State of `local_sgd`, `diloco` and `eager_diloco`.
 
   Attributes:
     count: int32[], equal on all devices; inner steps taken.
     synced: bool[], equal on all devices; whether the last update ended a round.
-    anchor: like the parameters, float32, equal on all replicas: the outer parameters.
+    anchor: like the parameters, float32, equal on all replicas (but in `eager_diloco`): the outer
+      parameters.
     inner_state: of the inner optimizer, differs per replica.
     outer_state: of the outer chain, equal on all replicas except error-feedback residuals.
   """
@@ -35,8 +36,12 @@ def local_updates(
   *,
   sync_period: int | jax.Array,
   axis_name: str,
+  replicas_agree: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-  """`sync_period` inner steps per replica, then one step of `outer` on the pseudo-gradient."""
+  """`sync_period` inner steps per replica, then one step of `outer` on the pseudo-gradient.
+
+  Where not `replicas_agree`, every replica has outer parameters of its own.
+  """
   check_period(sync_period)
   check_transform("inner", inner)
   inner = optax.with_extra_args_support(inner)
@@ -64,7 +69,8 @@ def local_updates(
       local = optax.apply_updates(params, updates)
       pseudo_gradient = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), anchor, local)
       step, outer_state = outer.update(pseudo_gradient, outer_state, anchor)
-      _check_equal(step, axis_name)
+      if replicas_agree:
+        check_equal(step, axis_name)
       anchor = jax.tree.map(jnp.add, anchor, step)
       back = jax.tree.map(lambda a, p, u: (a - p).astype(u.dtype), anchor, params, updates)
       return back, anchor, outer_state
@@ -110,7 +116,8 @@ def exchange_level(opt_state: Any) -> jax.Array | None:
   """int32[]: how much the last update sent, from 0; None if every update sends the same.
 
   1 for the end of a round (`just_synced`), and one more for an exact mean in place of a compressed
-  one (the states of `one_bit_adam`, `zero_one_adam` and `powersgd_mean` have a field `exact`).
+  one (the states of `one_bit_adam`, `zero_one_adam` and `powersgd_mean` have a field `exact`). Of a
+  method that sends fragments: which one, from 1 (the field `sent` of its state).
 
   Example:
     >>> import jax.numpy as jnp, optax
@@ -122,8 +129,10 @@ def exchange_level(opt_state: Any) -> jax.Array | None:
   """
   tells = lambda x: hasattr(x, "exact")  # noqa: E731
   levels = [x.exact for x in jax.tree.leaves(opt_state, is_leaf=tells) if tells(x)]
-  if (synced := just_synced(opt_state)) is not None:
-    levels.append(synced)
+  found = _find(opt_state)
+  levels += [x.sent for x in found if hasattr(x, "sent")]
+  if rounds := [x.synced for x in found if not hasattr(x, "sent")]:
+    levels.append(functools.reduce(jnp.logical_or, rounds))
   return functools.reduce(jnp.add, [x.astype(jnp.int32) for x in levels]) if levels else None
 
 
@@ -154,6 +163,8 @@ def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) 
   """
   new = optax.apply_updates(params, updates)
   for state in _find(opt_state):
+    if not isinstance(state, LocalUpdatesState):  # its replicas need not agree on what they sent
+      continue
     exact = _fill_masked(state.anchor, new)
     choose = functools.partial(jnp.where, state.synced)
     new = jax.tree.map(lambda p, a, c=choose: c(a.astype(p.dtype), p), new, exact)
@@ -168,8 +179,9 @@ def at_outer_params(params: optax.Params, opt_state: Any) -> optax.Params:
   return jax.tree.map(lambda a, p: a.astype(p.dtype), _fill_masked(anchor, params), params)
 
 
-def _find(opt_state: Any) -> list[LocalUpdatesState]:
-  is_state = lambda x: isinstance(x, LocalUpdatesState)  # noqa: E731
+def _find(opt_state: Any) -> list[Any]:
+  """The states that keep outer parameters: `LocalUpdatesState` and its like."""
+  is_state = lambda x: hasattr(x, "anchor") and hasattr(x, "synced")  # noqa: E731
   return [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
 
 
@@ -179,7 +191,8 @@ def _fill_masked(tree: Any, other: Any) -> Any:
   return jax.tree.map(lambda x, y: y if masked(x) else x, tree, other, is_leaf=masked)
 
 
-def _check_equal(step: Any, axis_name: str) -> None:
+def check_equal(step: Any, axis_name: str) -> None:
+  """Raises ValueError if the types of an outer step tell that it differs per replica."""
   if any(axis_name in _axes.varying_axes(x) for x in jax.tree.leaves(step)):
     raise ValueError(
       f"`outer` must average over axis `{axis_name}`, but its updates differ per replica: put"
