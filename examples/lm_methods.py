@@ -189,7 +189,8 @@ def build_transform(
   )
   decay = config.weight_decay
   inner = optax.chain(clip, optax.adamw(schedule, b2=0.95, weight_decay=decay))
-  adam: dict[str, Any] = {"b2": 0.95, "weight_decay": decay, "specs": specs}
+  # Frozen variances must not be those of the last 20 steps only: rare tokens have none there.
+  adam: dict[str, Any] = {"b2": 0.999, "weight_decay": decay, "specs": specs}
   match config.method:
     case "none":
       return inner
