@@ -157,8 +157,24 @@ def check_params(params: Any) -> None:
       )
 
 
-def check_like(value: Any, params: Any) -> None:
-  """Raises ValueError unless an operator's value looks like the parameters."""
+def check_operator(value: Any, params: Any, axis_name: str) -> None:
+  """Raises ValueError unless an operator's value looks like the parameters, and is a worker's own.
+
+  Where `jax.shard_map` checks types, `jax.grad` at a point that all workers share returns the sum
+  of their gradients; it and nothing else is typed as equal.
+  """
+  _check_like(value, params)
+  leaves = jax.tree.leaves(value)
+  checked = axis_name in _axes.varying_axes(_axes.vary(jnp.zeros(()), axis_name))
+  if checked and leaves and not any(axis_name in _axes.varying_axes(x) for x in leaves):
+    raise ValueError(
+      f"the operator must return a value of each worker of its own, got one that is equal over"
+      f" `{axis_name}`: jax.grad at a point that all share sums over workers. Take it at"
+      f' jax.lax.pcast(point, "{axis_name}", to="varying").'
+    )
+
+
+def _check_like(value: Any, params: Any) -> None:
   got, want = jax.tree.structure(value), jax.tree.structure(params)
   if got != want:
     raise ValueError(f"the operator must return a tree like `params`, {want}, got {got}.")

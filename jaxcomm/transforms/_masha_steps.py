@@ -52,7 +52,7 @@ class Masha:
 
   def _init(self, params, operator_value) -> MashaState:
     self._check_sizes(params)
-    _masha.check_like(operator_value, params)
+    _masha.check_operator(operator_value, params, self.axis_name)
     zeros = optax.tree.zeros_like(params, dtype=jnp.float32)
     has_server_error = self.feedback and self.server_compressor is not None
     state = MashaState(
@@ -72,12 +72,12 @@ class Masha:
     half = _masha.step_from(start, self.learning_rate, state.mean_operator, self.prox)
     wrong_workers = state.workers != _axes.axis_size(self.axis_name)
     stale = state.needs_refresh | wrong_workers
-    return _masha.unless_stale(half, stale), state
+    return _axes.vary(_masha.unless_stale(half, stale), self.axis_name), state
 
   def _update(self, operator_value, params, state, *, reference_value=None, do_refresh=None):
-    _masha.check_like(operator_value, params)
+    _masha.check_operator(operator_value, params, self.axis_name)
     there = state.local_operator if reference_value is None else reference_value
-    _masha.check_like(there, params)
+    _masha.check_operator(there, params, self.axis_name)
     change = jax.tree.map(jnp.subtract, operator_value, there)
     received, worker_error, server_error = self._exchange(change, state)
     start, gamma = self._start(params, state), self.learning_rate
@@ -100,7 +100,7 @@ class Masha:
     return new, state, do_refresh
 
   def _refresh_operators(self, operator_value, state) -> MashaState:
-    _masha.check_like(operator_value, state.reference)
+    _masha.check_operator(operator_value, state.reference, self.axis_name)
     own = jax.tree.map(lambda f, w: f.astype(w.dtype), operator_value, state.reference)
     own = _axes.vary(own, self.axis_name)
     return state._replace(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomm import _axes
 from jaxcomm.compressors import Compressor
 from jaxcomm.transforms import _masha
 from jaxcomm.transforms._compressed import mean_of_messages
@@ -27,7 +28,9 @@ class ExtragradientTransformation(NamedTuple):
         state = tx.refresh(F_m(state.reference), state)
 
   `masha_step` does all of it. All calls belong inside `jax.shard_map` or
-  `jax.vmap(axis_name=...)`.
+  `jax.vmap(axis_name=...)`. Where shard_map checks types, `jax.grad` at a point that all workers
+  share returns the sum over them: take it at `jax.lax.pcast(point, axis_name, to="varying")`, as
+  `saddle_operator` does. `half` is typed so already.
 
   Attributes:
     init: (params, local operator value) -> state; sends one dense mean.
@@ -128,18 +131,18 @@ def extragradient(
 
   def init_fn(params, operator_value):
     _masha.check_params(params)
-    _masha.check_like(operator_value, params)
+    _masha.check_operator(operator_value, params, axis_name)
     step = jnp.zeros((), jnp.int32)
     first = mean(operator_value, step)
     return ExtragradientState(step, jnp.zeros((), bool), jax.tree.map(jnp.copy, params), first)
 
   def extrapolate_fn(params, state):
     half = _masha.step_from(params, learning_rate, state.mean_operator, prox)
-    return _masha.unless_stale(half, state.needs_refresh), state
+    return _axes.vary(_masha.unless_stale(half, state.needs_refresh), axis_name), state
 
   def update_fn(operator_value, params, state, *, reference_value=None):
     del reference_value
-    _masha.check_like(operator_value, params)
+    _masha.check_operator(operator_value, params, axis_name)
     update = mean(operator_value, 2 * state.step + 1)
     new = _masha.step_from(params, learning_rate, update, prox)
     step = state.step + 1
@@ -147,7 +150,7 @@ def extragradient(
     return new, state._replace(step=step, needs_refresh=always, reference=new), always
 
   def refresh_fn(operator_value, state):
-    _masha.check_like(operator_value, state.reference)
+    _masha.check_operator(operator_value, state.reference, axis_name)
     fresh = mean(operator_value, 2 * state.step)
     return state._replace(needs_refresh=jnp.zeros((), bool), mean_operator=fresh)
 

@@ -47,13 +47,13 @@ def masha_step(
       )
     half, state = tx.extrapolate(params, state)
     value = operator(half, batch)
-    there = operator(state.reference, batch) if minibatch else None
+    there = operator(_like(half, state.reference), batch) if minibatch else None
     old = getattr(state, "local_operator", state.mean_operator) if there is None else there
     options = {} if do_refresh is None else {"do_refresh": do_refresh}
     params, state, refreshed = tx.update(value, params, state, reference_value=there, **options)
 
     def refresh(state):
-      fresh = operator(state.reference, refresh_batch if minibatch else batch)
+      fresh = operator(_like(half, state.reference), refresh_batch if minibatch else batch)
       return tx.refresh(fresh, state)
 
     if isinstance(do_refresh, bool):
@@ -64,3 +64,10 @@ def masha_step(
     return params, state, {"refreshed": refreshed, "operator_change": change.astype(jnp.float32)}
 
   return step
+
+
+def _like(half: Any, point: Any) -> Any:
+  """`point`, typed as differing per worker like `half`: a gradient there is this worker's own."""
+  for axis in sorted({a for x in jax.tree.leaves(half) for a in _axes.varying_axes(x)}):
+    point = _axes.vary(point, axis)
+  return point

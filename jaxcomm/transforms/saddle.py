@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcomm import _axes
+
 
 def saddle_operator(
   fun: Callable[..., jax.Array],
@@ -22,7 +24,8 @@ def saddle_operator(
     argnums_max: which of them are maximised over.
 
   Returns:
-    `operator(z, *rest)` with the tuple z of all these arguments: a tuple like z.
+    `operator(z, *rest)` with the tuple z of all these arguments: a tuple like z. Inside
+    `jax.shard_map` it is this worker's own, also at a point that all workers share.
 
   Raises:
     ValueError: the numbers are not 0, 1, ... without gaps and repeats.
@@ -42,12 +45,18 @@ def saddle_operator(
     )
 
   def operator(z, *rest):
+    for axis in sorted(_varying(rest)):  # else shard_map would sum the gradients of all workers
+      z = _axes.vary(z, axis)
     grads = jax.grad(lambda z: fun(*z, *rest))(tuple(z))
     return tuple(
       jax.tree.map(jnp.negative, g) if i in argnums_max else g for i, g in enumerate(grads)
     )
 
   return operator
+
+
+def _varying(tree: Any) -> set[str]:
+  return {axis for x in jax.tree.leaves(tree) for axis in _axes.varying_axes(x)}
 
 
 def check_monotone(

@@ -39,7 +39,7 @@ def compressed():
   def compress(delta):
     shares = {"conv": {"kernel": 0.2, "bias": 1.0}, "scale": 0.2, "none": 0.2}
     small = fedzip_compress(delta, shares)
-    sizes = {m: fedzip_bytes(small, m) for m in ("raw", "dat", "auto")}
+    sizes = {m: fedzip_bytes(small, m) for m in ("raw", "auto")}
     kept, mask = top_z(delta["conv"]["kernel"], 0.2)
     return small, fedzip_decompress(small), sizes, (kmeans_1d(kept), mask), fedzip_finite(small)
 

@@ -131,21 +131,38 @@ def test_three_labels_cost_one_two_two():
   assert sorted(_huffman.code_lengths(np.asarray([2, 8, 1])).tolist()) == [1, 2, 2]
 
 
-def test_rice_parameter_is_the_best():
-  rng = np.random.default_rng(3)
-  for share in (0.4, 0.1, 0.01):
-    labels = (rng.random(5000) < share).astype(np.uint8)
-    gaps = np.diff(np.flatnonzero(labels), prepend=-1)
-    costs = [sum((g - 1) // 2**r + 1 + r for g in gaps.tolist()) for r in range(32)]
-    assert payload_bits(labels, 2)["dat"] == 8 + min(costs)
-
-
 def test_sizes_of_position_and_gamma():
   labels = np.zeros(1000, np.uint8)
   labels[[0, 1, 999]], labels[500] = 1, 2
   bits = payload_bits(labels, 3)
   assert bits["position"] == 8 + 4 * 10
   assert bits["elias_gamma"] == (1 + 1 + 2 * 9 + 1) + (2 * 8 + 1)  # gaps 1, 1, 998; 501
+
+
+def rice_bits(positions):
+  """Of gaps in a Rice code with the best parameter."""
+  skipped = np.diff(positions, prepend=-1) - 1
+  return min(int((skipped >> r).sum()) + skipped.size * (1 + r) for r in range(32))
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.2, 50_000), (0.01, 300_000)])
+def test_whole_messages_are_within_two_percent_of_the_best_of_their_coding(share, size):
+  """Header, centroids, counts, parameters and checksum counted, as no coding needs any."""
+  labels = paper_like_labels(np.random.default_rng(6), share, size)
+  counts = np.bincount(labels)
+  places = [np.flatnonzero(labels == k) for k in (0, 2)]
+  gaps = np.concatenate([np.diff(p, prepend=-1) for p in places])
+  best = {
+    "huffman": heap_huffman(counts),
+    "position": math.ceil(math.log2(size)) * (size - counts[1]),
+    "dat": sum(rice_bits(p) for p in places),
+    "merged": rice_bits(np.flatnonzero(labels != 1)) + heap_huffman(counts[[0, 2]]),
+    "elias_gamma": int((2 * np.floor(np.log2(gaps)) + 1).sum()),
+  }
+  sizes = {m: len(roundtrip(labels, 3, m)) for m in (*LABEL_METHODS, "auto")}
+  for method, bits in best.items():
+    assert bits / 8 < sizes[method] < 1.02 * bits / 8
+  assert sizes.pop("auto") == min(sizes.values()) < 1.02 * min(best.values()) / 8
 
 
 def log2_multinomial(counts):

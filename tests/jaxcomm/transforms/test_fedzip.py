@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcomm.compressors import fedzip_codec, fedzip_compress
+from jaxcomm.compressors import fedzip_codec, fedzip_compress, fedzip_decompress, fedzip_finite
 from jaxcomm.transforms import fedzip, pmean_over
 
 CLIENTS, ROUNDS, SIZE = 4, 20, 60
@@ -86,6 +86,22 @@ def test_is_what_the_server_decodes():
   data = fedzip_codec.encode(compress(update))
   np.testing.assert_array_equal(fedzip_codec.decode(data, update)["w"], out["w"])
   assert jax.tree.leaves(state) == []
+
+
+@pytest.mark.slow
+def test_a_client_that_diverged_has_no_weight(targets):
+  """Zero weight for that client, not a lost round for all."""
+
+  def mean(delta):
+    small = fedzip_compress(delta, 1.0, SIZE)
+    finite, out = fedzip_finite(small), fedzip_decompress(small)
+    total = jax.lax.psum(jnp.where(finite, out, 0.0), "clients")
+    return total / jax.lax.psum(jnp.where(finite, 1.0, 0.0), "clients")
+
+  broken = targets.copy()
+  broken[1, 7] = np.nan
+  got = jax.jit(jax.vmap(mean, axis_name="clients"))(broken)
+  np.testing.assert_allclose(got[0], targets[[0, 2, 3]].mean(0), rtol=0, atol=1e-6)
 
 
 def test_bad_input():
