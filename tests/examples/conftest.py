@@ -1,5 +1,6 @@
 """`examples/train_lm.py` run in this process, on a model and a text that take seconds."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import random
@@ -12,6 +13,25 @@ import pytest
 from jaxcomm.training import launch
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"
+# Flags that the training step does not depend on.
+FREE = (
+  "data", "data_weights", "dry_run", "eval_batches", "eval_every", "keep", "log_every", "out",
+  "replica_change", "resume", "save_every", "steps", "text_field", "tokenizer",
+)  # fmt: skip
+
+
+def once(build_step):
+  """`build_step` that makes each step once: runs that ask for the same one compile nothing."""
+  made = {}
+
+  def build(config, model, devices):
+    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    key = repr((flags, model, devices))
+    if key not in made:
+      made[key] = build_step(config, model, devices)
+    return made[key]
+
+  return build
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +44,7 @@ def script():
   module = importlib.util.module_from_spec(spec)
   sys.modules["train_lm"] = module
   spec.loader.exec_module(module)
+  module.build_step = once(module.build_step)
   yield module
   del sys.modules["train_lm"]
   sys.path.remove(str(SCRIPT.parent))

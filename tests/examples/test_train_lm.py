@@ -223,14 +223,14 @@ def test_ten_kills_change_nothing(work, flags, reference):
 @pytest.mark.slow
 def test_a_kill_of_data_parallelism_changes_nothing(work, flags):
   argv = [f for f in flags if f != "--error-feedback"]
-  argv += ["--method", "ddp", "--steps", 60]
+  argv += ["--method", "ddp", "--steps", 40]
   assert train(work, *argv, "--out", work / "ddp")[0] == 0
   out, rng = work / "ddp-killed", random.Random(1)
   argv = [*argv, "--out", out]
   kill_once(work, out, argv, rng, in_save=True)
   code, _, err = train(work, *argv, "--resume")
   assert code == 0, err
-  check_same_run(out, work / "ddp", 60)
+  check_same_run(out, work / "ddp", 40)
 
 
 @pytest.mark.slow

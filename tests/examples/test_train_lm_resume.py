@@ -191,7 +191,7 @@ def test_dry_run(train, script, tiny_flags, tmp_path, monkeypatch, argv, axes):
     raise AssertionError("a dry run trains")
 
   monkeypatch.setattr(training_run, "_train", no_training)
-  out = train(*tiny_flags, "--dry-run", "--out", tmp_path / "run", *argv)
+  out = train(*tiny_flags, "--steps", "6", "--dry-run", "--out", tmp_path / "run", *argv)
   assert not (tmp_path / "run").exists()
   assert re.search(r"memory per device: \d+\.\d\d MB \(state and batch \d", out)
   found = re.findall(r"^  (\w+) +(\d+(?:\.\d\d)? k?M?B)$", out, re.MULTILINE)
@@ -221,7 +221,7 @@ def test_sigterm_while_compiling(train, script, tiny_flags, tmp_path, monkeypatc
 def test_a_run_that_logs_nothing(train, tiny_flags, tmp_path):
   path = tmp_path / "run"
   argv = ["--steps", "2", "--log-every", "0", "--eval-every", "0", "--save-every", "0"]
-  train(*tiny_flags, *argv, "--out", path)
+  train(*tiny_flags, *argv, "--schedule-steps", "6", "--out", path)
   assert read_metrics(path) == []
   assert (path / "report.png").exists()
   assert [p.name for p in (path / "checkpoints").iterdir()] == ["2"]
@@ -229,5 +229,5 @@ def test_a_run_that_logs_nothing(train, tiny_flags, tmp_path):
 
 def test_without_a_folder_nothing_is_written(train, tiny_flags, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert "done: 1 steps" in train(*tiny_flags, "--steps", "1")
+  assert "done: 1 steps" in train(*tiny_flags, "--steps", "1", "--schedule-steps", "6")
   assert list(tmp_path.iterdir()) == []
