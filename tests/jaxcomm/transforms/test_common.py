@@ -10,10 +10,12 @@ import optax
 import pytest
 
 from jaxcomm import (
+  co2,
   compressed_mean,
   demo,
   diloco,
   e3m0,
+  eager_diloco,
   ef21,
   int4,
   int8,
@@ -22,6 +24,7 @@ from jaxcomm import (
   pmean_over,
   powersgd_mean,
   sign_majority,
+  streaming_diloco,
   zero_one_adam,
 )
 from jaxcomm.training import make_train_step
@@ -32,7 +35,6 @@ STEPS, ROWS = 60, 8
 RATE = 0.25  # a power of two: products are exact, however the compiler fuses them
 SPECS = {"w": P("fsdp"), "h": P()}
 PARAMS = {"w": np.full((8, 3), 2.0, np.float32), "h": np.full(6, -1.0, jnp.bfloat16)}
-COMPRESSORS = {"int8": int8(8), "int4": int4(8), "e3m0": e3m0(8)}
 
 
 def sgd_after(mean, learning_rate):
@@ -43,8 +45,8 @@ def nesterov_after(mean):
   return optax.chain(mean, optax.sgd(0.5, momentum=0.5, nesterov=True))
 
 
-def compressed(name, learning_rate, place, **kwargs):
-  mean = compressed_mean("replica", COMPRESSORS[name], specs=place.specs, **kwargs)
+def compressed(compressor, learning_rate, place, **kwargs):
+  mean = compressed_mean("replica", compressor, specs=place.specs, **kwargs)
   return sgd_after(mean, learning_rate)
 
 
@@ -61,17 +63,13 @@ def diloco_over(mean, learning_rate):
 # name -> (learning_rate, Context) -> transform
 METHODS = {
   "pmean": lambda lr, place: sgd_after(pmean_over("replica"), lr),
-  **{
-    f"{name}{'_ef' * feedback}_{algorithm}": functools.partial(
-      lambda lr, place, name, **kwargs: compressed(name, lr, place, **kwargs),
-      name=name,
-      error_feedback=feedback,
-      algorithm=algorithm,
-    )
-    for name in COMPRESSORS
-    for feedback in (False, True)
-    for algorithm in ("two_hop", "all_gather")
-  },
+  # Each algorithm with and without feedback; each compressor.
+  "int8_two_hop": functools.partial(compressed, int8(8)),
+  "int8_ef_two_hop": functools.partial(compressed, int8(8), error_feedback=True),
+  "int4_all_gather": functools.partial(compressed, int4(8), algorithm="all_gather"),
+  "e3m0_ef_all_gather": functools.partial(
+    compressed, e3m0(8), algorithm="all_gather", error_feedback=True
+  ),
   "local_sgd": lambda lr, place: local_sgd(optax.sgd(lr), sync_period=2),
   "local_sgd_int8": lambda lr, place: local_sgd(
     optax.sgd(lr), sync_period=2, mean=compressed_mean("replica", int8(8), specs=place.specs)
@@ -82,6 +80,16 @@ METHODS = {
   ),
   "diloco_e3m0_ef": lambda lr, place: diloco_over(
     compressed_mean("replica", e3m0(8), error_feedback=True, specs=place.specs), lr
+  ),
+  "streaming_diloco": lambda lr, place: streaming_diloco(
+    optax.sgd(lr), nesterov_after(pmean_over("replica")), sync_period=2, fragments=2
+  ),
+  "eager_diloco": lambda lr, place: eager_diloco(
+    optax.sgd(lr), optax.sgd(0.5, momentum=0.5, nesterov=True), sync_period=2
+  ),
+  "slowmo": lambda lr, place: slowmo(optax.sgd(lr), sync_period=2, inner_lr=lr),
+  "co2": lambda lr, place: co2(
+    optax.sgd(lr), sync_period=2, outer_shards=place.replicas, specs=SPECS, skip_nonfinite=True
   ),
   "ef21": lambda lr, place: sgd_after(ef21("replica", int4(8), specs=place.specs), lr),
   "powersgd": powersgd,
@@ -102,7 +110,7 @@ METHODS = {
   ),
 }  # fmt: skip
 # XLA sums matrix products, and fuses quotients, in one way for one replica and another for four.
-REORDERED = ("demo", "zero_one_adam")
+REORDERED = ("demo", "zero_one_adam", "co2")
 EXACT = ("pmean", "local_sgd", "diloco")
 
 
@@ -147,7 +155,6 @@ FAST = {
   ("diloco_int4", "devices"),
   ("diloco_int4", "auto"),
   ("diloco_int4", "explicit"),
-  ("diloco_int4", "devices2"),
   ("powersgd", "explicit"),
   ("demo", "auto"),
 }
@@ -158,11 +165,7 @@ def cell(*names):
   return pytest.param(*names, marks=pytest.mark.slow if slow else (), id="-".join(names))
 
 
-# These share the code of a method that passes all rows; they pass the rows of two contexts.
-LEAFWISE = ("ef21", "powersgd_alternating", "one_bit_adam", "zero_one_adam", "sign_majority")
-ON_SHARDS = [m for m in METHODS if m not in LEAFWISE]
-TABLE = [cell(m, c) for m in METHODS for c in ("vmap", "devices")]
-TABLE += [cell(m, c) for m in ON_SHARDS for c in ("auto", "explicit")]
+TABLE = [cell(m, c) for m in METHODS for c in ("vmap", "devices", "auto", "explicit")]
 TABLE += [
   cell(m, c)
   for m in ("int8_ef_two_hop", "diloco", "diloco_int4")
@@ -266,7 +269,7 @@ def test_the_old_state_is_donated(runs, method, context):
 @pytest.mark.parametrize(
   ("method", "one", "other"),
   [cell(m, "vmap", "devices") for m in METHODS]
-  + [cell(m, "auto", "explicit") for m in ON_SHARDS]
+  + [cell(m, "auto", "explicit") for m in METHODS]
   + [cell(m, f"vmap{n}", f"devices{n}") for m in ("diloco", "diloco_int4") for n in (1, 2, 8)],
 )
 def test_contexts_agree(runs, method, one, other):
@@ -283,7 +286,8 @@ GRADS = {
   k: np.random.default_rng(6).normal(size=(4, 4, *p.shape)).astype(np.float32).astype(p.dtype)
   for k, p in PARAMS.items()
 }
-COMPOSED = ("pmean", "int8_ef_two_hop", "local_sgd", "diloco_int4")
+REMATERIALISED = ("int8_ef_two_hop", "diloco_int4", "powersgd", "zero_one_adam", "demo")
+COMPOSED = ("pmean", "int8_ef_two_hop", "local_sgd")
 
 
 def wrapped(make):
@@ -323,11 +327,7 @@ def roll_out(txs, grads):
 
 @pytest.mark.parametrize(
   "method",
-  [
-    m if m in COMPOSED else pytest.param(m, marks=pytest.mark.slow)
-    for m in METHODS
-    if m not in LEAFWISE or m == "one_bit_adam"
-  ],
+  [m if m in COMPOSED else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
 )
 def test_composes_with_optax(method):
   """Unknown extra arguments, chain, masked, partition, inject_hyperparams, MultiSteps."""
@@ -364,12 +364,7 @@ def test_the_period_may_be_injected(method):
 
 @pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 @pytest.mark.parametrize(
-  "method",
-  [
-    m if m == "diloco_int4" else pytest.param(m, marks=pytest.mark.slow)
-    for m in METHODS
-    if m not in LEAFWISE
-  ],
+  "method", ["local_sgd", *(pytest.param(m, marks=pytest.mark.slow) for m in REMATERIALISED)]
 )
 def test_rematerialised_losses_change_nothing(train, method, context):
   """In a scan, in a jit, as everywhere in these tests."""

@@ -22,7 +22,7 @@ def same_on_all(history, step):
   return bool((history[:, step] == history[:1, step]).all())
 
 
-@pytest.mark.parametrize("context", ["vmap", "shard_map"])
+@pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 def test_partition_of_two_periods(train, context):
   tx = optax.partition(
     {
@@ -44,7 +44,7 @@ def test_partition_of_two_periods(train, context):
   assert bool(jaxcomm.just_synced(got.state.opt_state))
 
 
-@pytest.mark.parametrize("context", ["vmap", "shard_map"])
+@pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 def test_masked_leaves_are_left_alone(train, context):
   """A mask may be a prefix of the tree. What it hides gets the plain updates."""
   tx = optax.chain(
