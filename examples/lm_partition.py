@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -25,7 +25,9 @@ AXES = ("gcd", "gpu", "node")  # the fastest link first
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartitionConfig(MethodConfig):
-  """Flags that choose what each device of a replica keeps."""
+  """Flags that choose what each device of a replica keeps; a resumed run may change them."""
+
+  free_on_resume: ClassVar[frozenset[str]] = MethodConfig.free_on_resume | {"partition", "levels"}
 
   partition: Literal["none", "zero1", "zero2", "zero3", "zeropp", "topo"] = "none"
   """what the --fsdp devices of a replica share; zero: optimizer state (1), and gradients (2), and
@@ -38,7 +40,10 @@ class PartitionConfig(MethodConfig):
     super().__post_init__()
     if self.partition == "none":
       if self.levels:
-        raise ValueError(f"`levels` has no effect without a `partition`, got {self.levels}.")
+        raise ValueError(
+          f"`levels` has no effect without a `partition`, got {self.levels} (an empty --levels"
+          " drops those of a resumed run)."
+        )
       return
     if len(self.levels) != 3 or min(self.levels) < 1 or math.prod(self.levels) != self.fsdp:
       raise ValueError(
@@ -47,6 +52,8 @@ class PartitionConfig(MethodConfig):
       )
     if self.method in ("powersgd", "demo"):
       raise ValueError(f"`method` {self.method!r} needs matrices, `partition` has flat parts.")
+    if self.method == "streaming_diloco":
+      raise ValueError("`method` 'streaming_diloco' needs layers, `partition` has flat parts.")
     if self.data_parallel != 1:
       raise ValueError(f"`data_parallel` must be 1 with `partition`, got {self.data_parallel}.")
 

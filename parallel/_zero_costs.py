@@ -86,8 +86,9 @@ def traffic_per_step(
   that the plan does not name, and the gather that makes weights of parameters. An element costs
   b_w or b_g bytes, or bits / 8 + 4 / block_size.
 
-  It is what the compiled step sends, but for two things: a few scalars (loss and metrics), and
-  weights that the backward pass does not need (a bias, an embedding), which are not gathered again.
+  It is what the compiled step sends, but for a few scalars (loss and metrics), weights that the
+  backward pass does not need (a bias, an embedding), which are not gathered again, and weights that
+  several layers use (a tied embedding), which each of them gathers and reduces.
 
   Args:
     plan, n_params, mesh_shape, weight_bytes, grad_bytes, stacked: as in `memory_per_device`.

@@ -71,6 +71,10 @@ def check_elementwise(tx: optax.GradientTransformation, shapes: Any, axes: Seque
     shapes: tree of `jax.ShapeDtypeStruct` of one layer of each leaf.
     axes: over which the shards lie; bound while `tx` runs.
   """
+  flat = jax.tree.map(lambda s: jax.ShapeDtypeStruct((s.size,), s.dtype), shapes)
+  sizes, want_sizes = (
+    [x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, p))] for p in (flat, shapes)
+  )
   names, count = tuple(axes) or ("none",), 2 if axes else 1
   whole = jax.tree.map(lambda s: jnp.asarray(_numbers(s.shape)[None]), shapes)
   parts = jax.tree.map(lambda x: x.reshape(count, -1), whole)
@@ -78,6 +82,8 @@ def check_elementwise(tx: optax.GradientTransformation, shapes: Any, axes: Seque
     "`tx` must treat every element by itself, or sum over the shards, as"
     " parallel.clip_by_global_norm does: it sees flat shards of the parameters."
   )
+  if sizes != want_sizes:
+    raise ValueError(f"{message} Its state depends on the shape of a parameter.")
   try:
     got, want = _two_steps(tx, names, parts, count), _two_steps(tx, names, whole, 1)
   except (TypeError, ValueError) as e:

@@ -11,12 +11,12 @@ import optax
 
 from jaxcomm.training import TrainState
 from jaxcomm.training._layout import Layout
-from jaxcomm.transforms import apply_updates, just_synced
+from jaxcomm.transforms import apply_updates, exchange_level, just_synced
 from jaxcomm.transforms._local_updates import at_outer_params
 from parallel import _zero_hops
 from parallel._zero_costs import copied_axes
 from parallel._zero_hops import scatter_levels, vary_all
-from parallel._zero_plan import PartitionPlan
+from parallel._zero_plan import PartitionPlan, axes_of
 from parallel._zero_shards import is_shard, leaf_keys, make_shards, make_weights
 from parallel.mesh import REPLICA
 
@@ -50,17 +50,35 @@ class StepParts:
       grads, metrics = self.gradients(state, batch)
       updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
       params = apply_updates(state.params, updates, opt_state)
-      return TrainState(state.step + 1, params, opt_state), metrics
+      return self.clear_padding(TrainState(state.step + 1, params, opt_state)), metrics
 
     over_replicas = layout.over_replicas(self.on_devices(layout, local_step, True))
 
     def step(state, batch):
       self.check_rows(batch)
       state, metrics = over_replicas(state, batch)
-      synced = just_synced(state.opt_state)
-      return state, metrics if synced is None else {**metrics, "synced": synced}
+      found = {"synced": just_synced(state.opt_state), "level": exchange_level(state.opt_state)}
+      return state, metrics | {name: x for name, x in found.items() if x is not None}
 
     return step
+
+  def clear_padding(self, state: TrainState) -> TrainState:
+    """Zeros where leaves are padded: votes and means of signs write others there.
+
+    So a checkpoint, which has no padding, loses nothing, and no scale of a block depends on it.
+    """
+    axes = axes_of(self.plan.optimizer)
+
+    def leaf(x, like):
+      if self.plan.padded_size(like.size, self.mesh.shape) == like.size:
+        return x
+      part = jax.lax.axis_index(axes) if axes else 0
+      whole, rest = divmod(like.size, x.shape[-1])  # parts without padding, elements of the next
+      count = jnp.where(part < whole, x.shape[-1], jnp.where(part == whole, rest, 0))
+      kept = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) < count
+      return jnp.where(kept, x, jnp.zeros_like(x))
+
+    return map_leaves(self.tx, leaf, state, self.shapes)
 
   def evaluate(self, layout: Layout) -> Callable:
     def local_eval(state: TrainState, batch):
@@ -146,6 +164,21 @@ class StepParts:
           f"`batch` must have rows divisible by devices * grad_accum = {self.mesh.size} *"
           f" {self.grad_accum}, got an array of shape {x.shape}."
         )
+
+
+def map_leaves(
+  tx: optax.GradientTransformation, fn: Callable, state: TrainState, shapes: Any
+) -> TrainState:
+  """`fn(x, layer's shape)` on parameters and on what the optimizer keeps for each of them."""
+  masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+  opt_state = optax.tree.map_params(
+    tx,
+    lambda x, like: x if masked(x) else fn(x, like),
+    state.opt_state,
+    shapes,
+    is_leaf=masked,
+  )
+  return TrainState(state.step, jax.tree.map(fn, state.params, shapes), opt_state)
 
 
 def _fold_in(key: jax.Array | None, data: Any) -> jax.Array | None:

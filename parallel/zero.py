@@ -6,6 +6,7 @@ are made from them in each step. So there is no second copy that could be out of
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.training import TrainState, TrainStep
-from jaxcomm.training._layout import init_state, make_layout
+from jaxcomm.training._layout import Layout, init_state, make_layout
 from parallel import _zero_hops
 from parallel._zero_optimizer import check_elementwise
 from parallel._zero_plan import PartitionPlan, axes_of, check_mesh, layer_shapes
-from parallel._zero_step import LossFn, StepParts
+from parallel._zero_step import LossFn, StepParts, map_leaves
 from parallel.mesh import REPLICA
 
 P = jax.P
@@ -37,6 +38,17 @@ class ZeroStep(TrainStep):
   plan: PartitionPlan
   shapes: Any
 
+  @functools.cached_property
+  def logical_layout(self) -> Layout:
+    """That of `to_logical`'s result; the same for every plan, but for meshes and shardings."""
+    params = jax.tree.map(lambda s: s.sharding.spec, self.logical_shapes.params)
+    local = lambda spec, varies: P(*spec[1:]) if varies else spec  # noqa: E731
+    return dataclasses.replace(
+      self.layout,
+      shapes=self.logical_shapes,
+      param_specs=jax.tree.map(local, params, self.layout.varying.params),
+    )
+
   def to_logical(self, state: TrainState) -> TrainState:
     """The state with every array in the shape of its parameter, as any plan can restore it.
 
@@ -45,21 +57,29 @@ class ZeroStep(TrainStep):
     Wire: what moves flat parts to `logical_shapes`: nothing for leaves whose first axis (after
     replicas and layers) the devices divide.
     """
-    return self._convert(self._unflatten, state, self.logical_shapes)
+    return self._to_logical(state)
 
   def from_logical(self, state: TrainState) -> TrainState:
     """The inverse of `to_logical`: flat, padded and sharded by this plan."""
-    return self._convert(self._flatten, state, self.layout.shapes)
+    return self._from_logical(state)
 
-  def _convert(self, fn: Callable, state: TrainState, shapes: TrainState) -> TrainState:
+  @functools.cached_property
+  def _to_logical(self) -> Callable:
+    return self._jit(self._unflatten, self.logical_shapes)
+
+  @functools.cached_property
+  def _from_logical(self) -> Callable:
+    return self._jit(self._flatten, self.layout.shapes)
+
+  def _jit(self, fn: Callable, shapes: TrainState) -> Callable:
     out = jax.tree.map(lambda s: s.sharding, shapes)
     kinds = zip(self.layout.mesh.axis_names, self.layout.mesh.axis_types)
     explicit = tuple(a for a, kind in kinds if kind == jax.sharding.AxisType.Explicit)
     if explicit:  # types cannot say how a part of a sharded axis is sharded
       fn = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out)
-    return jax.jit(fn, out_shardings=out)(state)
+    return jax.jit(fn, out_shardings=out)
 
-  @property
+  @functools.cached_property
   def logical_shapes(self) -> TrainState:
     """`jax.ShapeDtypeStruct`s with shardings of `to_logical`'s result, to restore a checkpoint."""
     untyped = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), self.layout.shapes)
@@ -77,7 +97,8 @@ class ZeroStep(TrainStep):
     return jax.tree.map(place, self.layout.shapes, shapes)
 
   def _unflatten(self, state: TrainState) -> TrainState:
-    return self._map(state, lambda x, like: _zero_hops.unflatten(x, like.shape))
+    unflatten = lambda x, like: _zero_hops.unflatten(x, like.shape)  # noqa: E731
+    return map_leaves(self.tx, unflatten, state, self.shapes)
 
   def _flatten(self, state: TrainState) -> TrainState:
     sizes = self.layout.mesh.shape
@@ -85,19 +106,7 @@ class ZeroStep(TrainStep):
     def leaf(x, like):
       return _zero_hops.flatten(x, like.shape, self.plan.padded_size(like.size, sizes))
 
-    return self._map(state, leaf)
-
-  def _map(self, state: TrainState, fn: Callable) -> TrainState:
-    """`fn(x, layer's shape)` on parameters and on what the optimizer keeps for each of them."""
-    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    opt_state = optax.tree.map_params(
-      self.tx,
-      lambda x, like: x if masked(x) else fn(x, like),
-      state.opt_state,
-      self.shapes,
-      is_leaf=masked,
-    )
-    return TrainState(state.step, jax.tree.map(fn, state.params, self.shapes), opt_state)
+    return map_leaves(self.tx, leaf, state, self.shapes)
 
 
 def _first_axis(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) -> Any:

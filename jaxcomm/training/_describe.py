@@ -21,7 +21,7 @@ _CPU_FLOPS_PER_SECOND = 4e10  # a laptop's whole processor
 
 def num_params(task: Task) -> int:
   """Parameters of one replica."""
-  layout = task.train_step.layout
+  layout = task.train_step.logical_layout
   leaves = zip(jax.tree.leaves(layout.shapes.params), jax.tree.leaves(layout.varying.params))
   return sum(math.prod(s.shape[1:] if varies else s.shape) for s, varies in leaves)
 

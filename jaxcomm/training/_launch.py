@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxcomm.training._checkpoints import CheckpointError, ReplicaChange
 from jaxcomm.training._loop import NonFiniteLossError
@@ -21,7 +21,19 @@ _EXPECTED = (ValueError, OSError, ImportError, NonFiniteLossError, CheckpointErr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """Flags that every training script has."""
+  """Flags that every training script has.
+
+  `free_on_resume` names those that change neither the trajectory of a run, but for the order of
+  sums, nor what its checkpoints hold.
+  """
+
+  free_on_resume: ClassVar[frozenset[str]] = frozenset(
+    (
+      "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep", "log_every",
+      "max_devices", "num_processes", "out", "process_id", "profile_steps", "replica_change",
+      "resume", "save_every", "steps", "tensorboard", "wandb",
+    )
+  )  # fmt: skip
 
   steps: int = 300
   """optimizer steps in all"""
@@ -98,15 +110,6 @@ class RunConfig:
         f"`process_id` must be in [0, `num_processes`={self.num_processes}), got {self.process_id}."
       )
 
-
-FREE_ON_RESUME = frozenset(
-  (
-    "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep", "log_every",
-    "max_devices", "num_processes", "out", "process_id", "profile_steps", "replica_change",
-    "resume", "save_every", "steps", "tensorboard", "wandb",
-  )
-)  # fmt: skip
-"""Flags that change neither the trajectory of a run nor what its checkpoints hold."""
 
 # Of one start, not of the run: another start may have other processes.
 _NEVER_KEPT = frozenset(

@@ -84,7 +84,7 @@ class Loop:
     eval_batches: called for each evaluation; None for no evaluation.
     wire: what a step sends; None to leave the bytes out.
     folder: where to log; None for nowhere.
-    checkpoints: where to save; None for nowhere.
+    checkpoints: of `train_step.logical_layout`, where to save; None for nowhere.
     progress: display; None for none.
     tracker: takes the rows too; None for none.
     profile: an entered `ProfileWindow`; None for no trace.
@@ -266,7 +266,7 @@ class Loop:
       "wall_seconds": self._wall_seconds(),
     }
     fresh = self._eval_loss if self._due(step, self._config.eval_every) else None
-    self._checkpoints.save(step, state, meta, eval_loss=fresh)
+    self._checkpoints.save(step, self._ts.to_logical(state), meta, eval_loss=fresh)
 
   def _load_meta(self, meta: dict[str, Any]) -> None:
     self._batches.set_state(meta["iterator"])  # pyright: ignore[reportAttributeAccessIssue]

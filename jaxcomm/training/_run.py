@@ -23,7 +23,7 @@ from jaxcomm.training._describe import (
   guess_step_seconds,
   num_params,
 )
-from jaxcomm.training._launch import FREE_ON_RESUME, RunConfig
+from jaxcomm.training._launch import RunConfig
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult
 from jaxcomm.training._profile import ProfileWindow, parse_window
 from jaxcomm.training._progress import Progress
@@ -127,7 +127,7 @@ def _show(task: Task, summary: dict[str, Any], folder: RunFolder | None) -> None
 
 
 def _open_folder(config: RunConfig, out: str, first: bool) -> RunFolder:
-  may_change = FREE_ON_RESUME | {"replicas"}  # the checkpoint says what that needs
+  may_change = config.free_on_resume | {"replicas"}  # the checkpoint says what that needs
   saved = dataclasses.asdict(config)
 
   def open_folder():
@@ -185,7 +185,7 @@ def _train(config, task, folder, signal) -> tuple[LoopResult, StepWire]:
     checkpoints = None
     if folder is not None:
       stack.callback(folder.close)
-      layout = task.train_step.layout
+      layout = task.train_step.logical_layout
       checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, layout, keep=config.keep))
     state, meta = _start(config, task, folder, checkpoints)  # refuses before anything is compiled
     trackers = stack.enter_context(_open_trackers(config, folder, int(state.step)))
@@ -248,7 +248,7 @@ def _start(config, task, folder, checkpoints):
     )
   folder.continue_from(restored.step)
   say(f"resumed from step {restored.step}.", flush=True)
-  return restored.state, restored.meta
+  return task.train_step.from_logical(restored.state), restored.meta
 
 
 def _say() -> Callable[..., None]:

@@ -45,6 +45,19 @@ class TrainStep:
   tx: optax.GradientTransformation
 
   @property
+  def logical_layout(self) -> Layout:
+    """Of `to_logical`'s result: what checkpoints hold."""
+    return self.layout
+
+  def to_logical(self, state: TrainState) -> TrainState:
+    """The state as it is saved: each array in its parameter's shape. Here the state itself."""
+    return state
+
+  def from_logical(self, state: TrainState) -> TrainState:
+    """The inverse of `to_logical`."""
+    return state
+
+  @property
   def batch_sharding(self) -> jax.sharding.NamedSharding:
     """Of every leaf of a batch: rows over all axes of the mesh."""
     return jax.NamedSharding(self.layout.mesh, P(self.layout.mesh.axis_names))
@@ -105,7 +118,8 @@ def make_train_step(
   Raises:
     ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, replicas are to
       be stacked on a mesh with Explicit axes, or the types of `tx` do not work out: an outer chain
-      without a mean, a round counter that differs per replica, optax.MultiSteps before the mean.
+      without a mean, a round counter that differs per replica, optax.MultiSteps before the mean,
+      optax.apply_if_finite around it.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, jaxcomm

@@ -42,7 +42,7 @@ def init_params(key):
   }
 
 
-def make_batch(rows=16):
+def make_batch(rows=48):  # for 1, 4, 6 and 8 devices, and two micro-steps
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(2, rows, WIDTH)).astype(np.float32)
   mask = (np.arange(rows) % 5 > 0).astype(np.float32)  # devices have unequal numbers of targets
