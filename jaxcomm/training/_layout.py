@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from jaxcomm import _axes, _shards
-from jaxcomm.transforms import apply_updates, just_synced
+from jaxcomm.transforms import LocalUpdatesState, apply_updates, just_synced
 
 AxisType = jax.sharding.AxisType
 P = jax.sharding.PartitionSpec
@@ -252,7 +252,14 @@ def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
   )
   varying = jax.tree.map(lambda _: False, shapes)
   while True:
-    found = _vary_once(tx, abstract, varying, shapes, specs)
+    try:
+      found = _vary_once(tx, abstract, varying, shapes, specs)
+    except (TypeError, AssertionError) as e:  # the latter from zeros_like in optax.MultiSteps
+      found = _with_varying_inner(varying)
+      if jax.tree.leaves(found) == jax.tree.leaves(varying):
+        _explain(e, shapes.opt_state)
+        raise
+    _check_skipping(found.opt_state)
     if just_synced(found.opt_state):
       raise ValueError(
         "`tx` must end rounds on all replicas at once, but its step counter differs per replica:"
@@ -290,13 +297,51 @@ def _vary_once(tx, mesh, varying, shapes, specs) -> TrainState:
     axis_names={"replica"},
   )
   grads = jax.tree.map(lambda s, p: stacked(s, p, True), shapes.params, specs.params)
-  try:
-    jax.eval_shape(manual, jax.tree.map(stacked, shapes, specs, varying), grads)
-  except TypeError as e:
-    if "MultiStepsState" not in str(jax.tree.structure(shapes.opt_state)):
-      raise
+  jax.eval_shape(manual, jax.tree.map(stacked, shapes, specs, varying), grads)
+  return found[-1]
+
+
+def _with_varying_inner(varying: TrainState) -> TrainState:
+  """`varying`, and all that inner optimizers keep.
+
+  A condition in one of them (`optax.apply_if_finite`) has branches of unequal types, one with what
+  the gradient changed and one with what was there, for as long as the latter counts as equal.
+  """
+
+  def leaf(x):
+    if not isinstance(x, LocalUpdatesState):
+      return x
+    return x._replace(inner_state=jax.tree.map(lambda _: True, x.inner_state))
+
+  return jax.tree.map(leaf, varying, is_leaf=lambda x: isinstance(x, LocalUpdatesState))
+
+
+def _outside_inner(opt_state: Any, kind: type) -> list[Any]:
+  """The states of this kind that no inner optimizer holds."""
+  stops = lambda x: isinstance(x, (kind, LocalUpdatesState))  # noqa: E731
+  return [x for x in jax.tree.leaves(opt_state, is_leaf=stops) if isinstance(x, kind)]
+
+
+_SKIPPING = (
+  "`tx` must not hold optax.apply_if_finite around a mean: by its own gradient one replica would"
+  " skip an exchange that the others wait for; put it into `inner` of a method that has one, or"
+  " behind the mean."
+)
+
+
+def _check_skipping(varying: Any) -> None:
+  """Raises ValueError if replicas that exchange may each skip a step."""
+  for state in _outside_inner(varying, optax.ApplyIfFiniteState):
+    if state.last_finite:
+      raise ValueError(_SKIPPING)
+
+
+def _explain(error: Exception, opt_state: Any) -> None:
+  """Raises ValueError in place of an error of types whose cause is known."""
+  if "MultiStepsState" in str(jax.tree.structure(opt_state)):
     raise ValueError(
       "`tx` must not hold optax.MultiSteps over values that differ per replica (its two branches"
       " get unequal types): accumulate gradients in `loss_fn`, or put the mean before it."
-    ) from e
-  return found[-1]
+    ) from error
+  if _outside_inner(opt_state, optax.ApplyIfFiniteState):
+    raise ValueError(_SKIPPING) from error

@@ -342,8 +342,15 @@ def test_rejects_missing_specs():
     make_step(tx, (2, 1, 2))
 
 
-def test_rejects_multi_steps_over_values_that_differ():
-  tx = optax.MultiSteps(diloco(optax.sgd(0.1), sync_period=2), 2)
+@pytest.mark.parametrize(
+  "tx",
+  [
+    optax.MultiSteps(diloco(optax.sgd(0.1), sync_period=2), 2),
+    diloco(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(), sync_period=2),
+  ],
+  ids=["around", "inside"],
+)
+def test_rejects_multi_steps_over_values_that_differ(tx):
   with pytest.raises(ValueError, match=r"`tx` must not hold optax\.MultiSteps .*`loss_fn`"):
     make_step(tx)
 
@@ -364,6 +371,48 @@ def test_rejects_rounds_that_replicas_end_alone():
     make_step(skip_large(diloco(optax.sgd(0.1), sync_period=2)))
   ts = make_step(diloco(skip_large(optax.adam(0.1)), sync_period=2))  # inside, it may
   assert ".opt_state.inner_state[0].count" in differing(ts)
+
+
+@pytest.mark.parametrize("shape", [pytest.param((2, 1, 1), marks=pytest.mark.slow), (1, 1, 1)])
+def test_replicas_skip_inner_steps_alone(shape):
+  """A gradient that is not finite stops one replica for a step, and no round."""
+  tx = diloco(optax.apply_if_finite(optax.adam(0.1), 3), sync_period=2)
+  ts = make_step(tx, shape, num_replicas=2)
+  assert ".opt_state.synced" not in differing(ts)
+  state, batch = ts.init(jax.random.key(0)), make_batch()
+  batch["x"][:8, 0] = np.nan  # rows of the first replica
+  start = np.asarray(state.params["w"])
+  state, metrics = ts.step(state, batch)
+  assert state.opt_state.inner_state.total_notfinite.tolist() == [1, 0]
+  assert state.opt_state.inner_state.inner_state[0].count.tolist() == [0, 1]
+  w = np.asarray(state.params["w"])
+  np.testing.assert_array_equal(w[0], start[0])
+  assert np.abs(w[1] - start[1]).min() > 0.01
+  state, metrics = ts.step(state, make_batch(1))
+  assert bool(metrics["synced"])
+  w = np.asarray(state.params["w"])
+  np.testing.assert_array_equal(w[0], w[1])
+  assert np.isfinite(w).all()
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [
+    diloco(optax.sgd(0.1), sync_period=2),
+    optax.chain(pmean_over("replica"), optax.sgd(0.1)),
+    optax.chain(compressed_mean("replica", int8(), error_feedback=True), optax.adam(0.1)),
+    optax.sgd(0.1),
+  ],
+  ids=["diloco", "ddp", "int8", "none"],
+)
+def test_rejects_methods_that_a_replica_may_skip(tx):
+  with pytest.raises(ValueError, match=r"must not hold optax\.apply_if_finite around .*`inner`"):
+    make_step(optax.apply_if_finite(tx, 3))
+
+
+def test_steps_may_be_skipped_behind_the_mean():
+  tx = optax.chain(pmean_over("replica"), optax.apply_if_finite(optax.adam(0.1), 3))
+  assert differing(make_step(tx)) == set()
 
 
 def test_averages_survive_in_the_step():
