@@ -131,7 +131,7 @@ def test_rows_of_all_processes_are_the_global_batch(dataset, num_processes, shuf
   assert_equal(joined, whole)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_uneven_rows_are_the_global_batch(data):
   n = data.draw(st.integers(1, 20), "n")
@@ -161,7 +161,7 @@ def elements(batches_taken):
   return [(int(p), int(x)) for b in batches_taken for p, x in zip(b["part"], b["x"])]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_a_mixture_keeps_shares_epochs_and_global_batches(data):
   sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3), "sizes")
