@@ -4,6 +4,7 @@ from jaxcomm.collectives import quantized_pmean
 from jaxcomm.compressors import e3m0, int4, int8
 from jaxcomm.transforms import (
   apply_updates,
+  co2,
   compressed_mean,
   demo,
   diloco,
@@ -17,12 +18,14 @@ from jaxcomm.transforms import (
   pmean_over,
   powersgd_mean,
   sign_majority,
+  slowmo,
   streaming_diloco,
   zero_one_adam,
 )
 
 __all__ = [
   "apply_updates",
+  "co2",
   "compressed_mean",
   "demo",
   "diloco",
@@ -40,6 +43,7 @@ __all__ = [
   "powersgd_mean",
   "quantized_pmean",
   "sign_majority",
+  "slowmo",
   "streaming_diloco",
   "zero_one_adam",
 ]

@@ -15,13 +15,16 @@ from jaxcomm.transforms._local_updates import (
   outer_params,
 )
 from jaxcomm.transforms._masha import MashaState, draw_refresh, masha_bytes
+from jaxcomm.transforms._slow_momentum import SlowMomentumState
 from jaxcomm.transforms.async_outer import (
   DelayedNesterovState,
   async_outer,
   delayed_nesterov,
 )
+from jaxcomm.transforms.co2 import co2, co2_outer, staleness_gap, suggest_sync_period
 from jaxcomm.transforms.compressed_mean import CompressedMeanState, compressed_mean
 from jaxcomm.transforms.decoupled_diloco import decoupled_diloco
+from jaxcomm.transforms.delayed import DelayedState, delayed
 from jaxcomm.transforms.demo import DemoState, demo, demo_bytes
 from jaxcomm.transforms.diloco import diloco
 from jaxcomm.transforms.eager_diloco import EagerMeanState, eager_diloco
@@ -33,19 +36,25 @@ from jaxcomm.transforms.extragradient import (
   extragradient,
 )
 from jaxcomm.transforms.fedzip import FedZipState, fedzip
+from jaxcomm.transforms.healthy_mean import HealthyMeanState, healthy_mean
+from jaxcomm.transforms.host_mean import HostMean, ProcessMean
+from jaxcomm.transforms.host_round import HostRound
 from jaxcomm.transforms.local_sgd import local_sgd
 from jaxcomm.transforms.masha1 import masha1
 from jaxcomm.transforms.masha2 import masha2
 from jaxcomm.transforms.masha_step import masha_step
 from jaxcomm.transforms.one_bit_adam import OneBitAdamState, one_bit_adam
+from jaxcomm.transforms.overlapped_round import overlapped_round
 from jaxcomm.transforms.pmean_over import pmean_over
 from jaxcomm.transforms.powersgd_mean import PowerSGDState, powersgd_bytes, powersgd_mean
 from jaxcomm.transforms.saddle import check_monotone, gap_bilinear, saddle_operator
+from jaxcomm.transforms.sharded_outer import sharded_outer
 from jaxcomm.transforms.sign_majority import (
   SignMajorityState,
   sign_majority,
   sign_majority_bytes,
 )
+from jaxcomm.transforms.slowmo import slowmo
 from jaxcomm.transforms.streaming_diloco import streaming_diloco
 from jaxcomm.transforms.zero_one_adam import (
   ZeroOneAdamState,
@@ -57,6 +66,7 @@ __all__ = [
   "Arrival",
   "CompressedMeanState",
   "DelayedNesterovState",
+  "DelayedState",
   "DemoState",
   "EF21State",
   "EagerMeanState",
@@ -64,18 +74,26 @@ __all__ = [
   "ExtragradientTransformation",
   "FedZipState",
   "FragmentsState",
+  "HealthyMeanState",
+  "HostMean",
+  "HostRound",
   "LocalUpdatesState",
   "MashaState",
   "OneBitAdamState",
   "PowerSGDState",
+  "ProcessMean",
   "QuorumSchedule",
   "SignMajorityState",
+  "SlowMomentumState",
   "ZeroOneAdamState",
   "apply_updates",
   "async_outer",
   "check_monotone",
+  "co2",
+  "co2_outer",
   "compressed_mean",
   "decoupled_diloco",
+  "delayed",
   "delayed_nesterov",
   "demo",
   "demo_bytes",
@@ -89,6 +107,7 @@ __all__ = [
   "fedzip",
   "fragment_labels",
   "gap_bilinear",
+  "healthy_mean",
   "just_synced",
   "local_sgd",
   "masha1",
@@ -97,15 +116,20 @@ __all__ = [
   "masha_step",
   "one_bit_adam",
   "outer_params",
+  "overlapped_round",
   "pmean_over",
   "powersgd_bytes",
   "powersgd_mean",
   "saddle_operator",
+  "sharded_outer",
   "sign_majority",
   "sign_majority_bytes",
   "simulate_arrivals",
   "simulate_quorum",
+  "slowmo",
+  "staleness_gap",
   "streaming_diloco",
+  "suggest_sync_period",
   "zero_one_adam",
   "zero_one_adam_levels",
 ]

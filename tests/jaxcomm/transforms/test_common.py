@@ -24,6 +24,7 @@ from jaxcomm import (
   pmean_over,
   powersgd_mean,
   sign_majority,
+  slowmo,
   streaming_diloco,
   zero_one_adam,
 )
