@@ -71,8 +71,9 @@ def masha1(
 
   Raises:
     ValueError: a biased compressor, `tau` outside [0, 1), parameters that are not float32 or
-      float64, an operator that does not return a tree like them, an unbound axis, or (outside of
-      jit; inside the result is NaN) a refresh that was left out.
+      float64, an operator that does not return a tree like them or returns a sum over workers (see
+      `ExtragradientTransformation`), an unbound axis, or (outside of jit; inside the result is NaN)
+      a refresh that was left out.
 
   References:
     Beznosikov et al., Distributed Methods with Compressed Communication for Solving Variational
