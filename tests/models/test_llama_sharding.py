@@ -46,10 +46,9 @@ def loss_and_grads(params, batch, cfg=CFG):
 
 def on_mesh(mesh):
   """Sharded parameters and batch, and the shardings of the parameters."""
-  shapes = jax.eval_shape(lambda: llama.init(jax.random.key(0), CFG))
-  shardings = named_shardings(mesh, mesh_specs(llama.specs(CFG), shapes, mesh))
-  init = jax.jit(llama.init, static_argnums=1, out_shardings=shardings)
-  params = init(jax.random.key(0), CFG)
+  params = make_params()
+  shardings = named_shardings(mesh, mesh_specs(llama.specs(CFG), params, mesh))
+  params = jax.device_put(params, shardings)
   batch = jax.device_put(make_batch(), jax.NamedSharding(mesh, batch_spec(mesh)))
   return params, batch, shardings
 
@@ -62,7 +61,9 @@ def assert_close(got, want):
 @TYPES
 def test_sharded_init_draws_the_same_numbers(axis_types):
   mesh = make_mesh(fsdp=8, axis_types=axis_types)
-  params, _, shardings = on_mesh(mesh)
+  shardings = on_mesh(mesh)[2]
+  init = jax.jit(llama.init, static_argnums=1, out_shardings=shardings)
+  params = init(jax.random.key(0), CFG)
   jax.tree.map(np.testing.assert_array_equal, params, make_params())
   assert params["layers"]["q_DHC"].sharding.spec == jax.P(None, "fsdp")
   assert params["layers"]["attn_norm_D"].sharding.is_fully_replicated

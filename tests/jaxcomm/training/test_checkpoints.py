@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, whatever happened to the folder meanwhile."""
 
 import filecmp
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,16 @@ from jaxcomm.training import CheckpointError, Checkpoints, tree_digest
 @pytest.fixture(scope="module")
 def step4(tiny):
   return tiny.build_step(method="diloco_int4")
+
+
+@pytest.fixture(scope="module")
+def step_of(tiny):
+  """`step_of(replicas, stacked)`: another step of the same method, made once."""
+  return functools.cache(
+    lambda replicas, stacked: tiny.build_step(
+      replicas=replicas, stacked=stacked, method="diloco_int4"
+    )
+  )
 
 
 @pytest.fixture(scope="module")
@@ -332,8 +343,8 @@ def test_closing_reports_a_failed_save_unless_another_error_is_under_way(folder,
 # Other numbers of replicas, other meshes, other models.
 
 
-def test_other_replicas_are_refused_with_a_sentence(tiny, saved, folder):
-  two = tiny.build_step(replicas=2, method="diloco_int4")
+def test_other_replicas_are_refused_with_a_sentence(step_of, saved, folder):
+  two = step_of(2, False)
   with pytest.raises(CheckpointError, match=r"holds 4 replicas, this run has 2: .*average_repl"):
     restore(folder, two.layout)
   assert same_files(folder, saved[0])
@@ -347,8 +358,10 @@ def test_other_replicas_are_refused_with_a_sentence(tiny, saved, folder):
     *(pytest.param(*x, marks=pytest.mark.slow) for x in ((8, False), (2, True), (1, False))),
   ],
 )
-def test_a_named_change_of_replicas_trains_on(tiny, step4, saved, change, replicas, stacked):
-  there = tiny.build_step(replicas=replicas, stacked=stacked, method="diloco_int4")
+def test_a_named_change_of_replicas_trains_on(
+  tiny, step4, step_of, saved, change, replicas, stacked
+):
+  there = step_of(replicas, stacked)
   restored = restore(saved[0], there.layout, replica_change=change)
   whole = tiny.snapshot(restore(saved[0], step4.layout).state)
   w = np.asarray(restored.state.params["w"])
