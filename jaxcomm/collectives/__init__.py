@@ -8,6 +8,12 @@ from jaxcomm.collectives._compressed_pmean import (
   compressed_pmean_bytes,
   compressed_pmean_with_error,
 )
+from jaxcomm.collectives._gossip import (
+  consensus_distance,
+  gossip_error,
+  gossip_mix,
+  gossip_mix_bytes,
+)
 from jaxcomm.collectives._hierarchical_psum_scatter import (
   hierarchical_psum_scatter,
   hierarchical_psum_scatter_bytes,
@@ -36,6 +42,15 @@ from jaxcomm.collectives._quantized_psum_scatter import (
   quantized_psum_scatter,
   quantized_psum_scatter_bytes,
 )
+from jaxcomm.collectives._topologies import (
+  Topology,
+  complete,
+  exponential,
+  one_peer_exponential,
+  random_matching,
+  ring,
+  torus,
+)
 from jaxcomm.collectives._tree_pmean import (
   tree_compressed_pmean,
   tree_compressed_pmean_bytes,
@@ -44,17 +59,25 @@ from jaxcomm.collectives._tree_pmean import (
 
 __all__ = [
   "LocoState",
+  "Topology",
   "allgather_pmean",
   "allgather_pmean_bytes",
   "allgather_pmean_with_error",
+  "complete",
   "compressed_pmean",
   "compressed_pmean_bytes",
   "compressed_pmean_with_error",
+  "consensus_distance",
+  "exponential",
+  "gossip_error",
+  "gossip_mix",
+  "gossip_mix_bytes",
   "hierarchical_psum_scatter",
   "hierarchical_psum_scatter_bytes",
   "loco_init",
   "loco_psum_scatter",
   "loco_psum_scatter_bytes",
+  "one_peer_exponential",
   "quantized_all_gather",
   "quantized_all_gather_bytes",
   "quantized_all_to_all",
@@ -65,6 +88,9 @@ __all__ = [
   "quantized_psum_bytes",
   "quantized_psum_scatter",
   "quantized_psum_scatter_bytes",
+  "random_matching",
+  "ring",
+  "torus",
   "tree_compressed_pmean",
   "tree_compressed_pmean_bytes",
   "tree_compressed_pmean_with_error",

@@ -16,6 +16,8 @@ from jaxcomm.transforms._local_updates import (
 )
 from jaxcomm.transforms._masha import MashaState, draw_refresh, masha_bytes
 from jaxcomm.transforms._slow_momentum import SlowMomentumState
+from jaxcomm.transforms.ad_psgd import ADPSGDState, ad_psgd
+from jaxcomm.transforms.adagossip import AdaGossipState, adagossip
 from jaxcomm.transforms.async_outer import (
   DelayedNesterovState,
   async_outer,
@@ -26,6 +28,7 @@ from jaxcomm.transforms.compressed_mean import CompressedMeanState, compressed_m
 from jaxcomm.transforms.decoupled_diloco import decoupled_diloco
 from jaxcomm.transforms.delayed import DelayedState, delayed
 from jaxcomm.transforms.demo import DemoState, demo, demo_bytes
+from jaxcomm.transforms.dfedsam import dfedsam
 from jaxcomm.transforms.diloco import diloco
 from jaxcomm.transforms.eager_diloco import EagerMeanState, eager_diloco
 from jaxcomm.transforms.ef21 import EF21State, ef21
@@ -43,11 +46,14 @@ from jaxcomm.transforms.local_sgd import local_sgd
 from jaxcomm.transforms.masha1 import masha1
 from jaxcomm.transforms.masha2 import masha2
 from jaxcomm.transforms.masha_step import masha_step
+from jaxcomm.transforms.noloco import noloco, noloco_stability_bound
 from jaxcomm.transforms.one_bit_adam import OneBitAdamState, one_bit_adam
 from jaxcomm.transforms.overlapped_round import overlapped_round
 from jaxcomm.transforms.pmean_over import pmean_over
 from jaxcomm.transforms.powersgd_mean import PowerSGDState, powersgd_bytes, powersgd_mean
 from jaxcomm.transforms.saddle import check_monotone, gap_bilinear, saddle_operator
+from jaxcomm.transforms.sam_loss import sam_loss
+from jaxcomm.transforms.sgp import SGPState, sgp
 from jaxcomm.transforms.sharded_outer import sharded_outer
 from jaxcomm.transforms.sign_majority import (
   SignMajorityState,
@@ -63,6 +69,8 @@ from jaxcomm.transforms.zero_one_adam import (
 )
 
 __all__ = [
+  "ADPSGDState",
+  "AdaGossipState",
   "Arrival",
   "CompressedMeanState",
   "DelayedNesterovState",
@@ -83,9 +91,12 @@ __all__ = [
   "PowerSGDState",
   "ProcessMean",
   "QuorumSchedule",
+  "SGPState",
   "SignMajorityState",
   "SlowMomentumState",
   "ZeroOneAdamState",
+  "ad_psgd",
+  "adagossip",
   "apply_updates",
   "async_outer",
   "check_monotone",
@@ -97,6 +108,7 @@ __all__ = [
   "delayed_nesterov",
   "demo",
   "demo_bytes",
+  "dfedsam",
   "diloco",
   "draw_refresh",
   "eager_diloco",
@@ -114,6 +126,8 @@ __all__ = [
   "masha2",
   "masha_bytes",
   "masha_step",
+  "noloco",
+  "noloco_stability_bound",
   "one_bit_adam",
   "outer_params",
   "overlapped_round",
@@ -121,6 +135,8 @@ __all__ = [
   "powersgd_bytes",
   "powersgd_mean",
   "saddle_operator",
+  "sam_loss",
+  "sgp",
   "sharded_outer",
   "sign_majority",
   "sign_majority_bytes",
