@@ -160,7 +160,7 @@ def make_layout(problem: Problem, tx: ExtragradientTransformation, mesh: Any, dt
     return z, tx.init(z, problem.operator(z, data))
 
   z, method = jax.eval_shape(jax.vmap(of_worker, axis_name="replica"), problem.data)
-  count = jax.ShapeDtypeStruct((workers,), jnp.int32)
+  count: Any = jax.ShapeDtypeStruct((workers,), jnp.int32)
   flag = jax.ShapeDtypeStruct((workers,), jnp.bool_)
   opt_state = {"method": method, "values": count, "refreshed": flag}
   shapes = TrainState(count, z, opt_state)

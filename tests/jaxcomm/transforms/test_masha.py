@@ -17,6 +17,7 @@ from jaxcomm.transforms import (
   masha2,
   masha_bytes,
   masha_step,
+  saddle_operator,
 )
 
 M, D = 4, 10  # workers; x and y are of D numbers each
@@ -330,6 +331,78 @@ def test_devices_agree_and_send_what_the_formula_says(shared):
   every_step, in_a_refresh = masha_bytes(z, M, compressor)
   # The meter counts the larger branch of a cond.
   assert collective_bytes(compiled, mesh).total == every_step + in_a_refresh
+
+
+SPECS = {"w": jax.P("fsdp"), "v": jax.P()}
+
+
+def coupled(x, y, data):
+  """A payoff leaf by leaf and element by element, that compilers can shard as they like."""
+  parts = [
+    jnp.sum(x[n] ** 2 + 2 * data[n][0] * x[n] * y[n] - y[n] ** 2 + data[n][1] * (x[n] - y[n]))
+    for n in x
+  ]
+  return sum(parts) / 2
+
+
+def ten_steps(z, data, specs=None):
+  """Both ways compressed, and two refreshes."""
+  options = {"tau": 0.75, "refresh": "deterministic", "specs": specs and (specs, specs)}
+  tx = masha2(0.2, top_k(k=2), server_compressor=top_k(k=3), **options)
+  operator = saddle_operator(coupled)
+  step = masha_step(operator, tx)
+  carry = z, tx.init(z, operator(z, data))
+  return jax.lax.fori_loop(0, 10, lambda _, carry: step(*carry, data)[:2], carry)[0]
+
+
+def on_shards(kind, z, data):
+  """`ten_steps` on a mesh (data=2, fsdp=2), and what was sent."""
+  mesh = jax.make_mesh((2, 2), ("data", "fsdp"), (kind,) * 2, devices=jax.devices()[:4])
+  explicit = kind == jax.sharding.AxisType.Explicit
+  stacked = {n: jax.P("data", None, *s) for n, s in SPECS.items()}
+
+  def local(z, data):
+    own = jax.tree.map(lambda x: x[0], data)
+    return ten_steps(z, own, None if explicit else SPECS)  # Explicit types tell
+
+  def fun(z, data):
+    return jax.shard_map(
+      local, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P(), axis_names={"data"}
+    )(z, data)
+
+  if explicit:  # Auto at the border: JAX would gather the shards there
+    inside = {n: jax.P(None, None, *s) for n, s in SPECS.items()}
+    local = jax.sharding.explicit_axes(local, axes=("fsdp",), in_sharding=((SPECS, SPECS), inside))
+    fun = jax.sharding.auto_axes(fun, out_sharding=(SPECS, SPECS))
+
+  def place(x, spec):
+    return jax.device_put(x, jax.NamedSharding(mesh, spec))
+
+  args = jax.tree.map(place, z, (SPECS, SPECS)), jax.tree.map(place, data, stacked)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(fun).lower(*args).compile()
+  return jax.tree.map(np.asarray, compiled(*args)), collective_bytes(compiled, mesh)
+
+
+@pytest.mark.slow
+def test_sharded_leaves():
+  """As with every shard a leaf of its own; nothing is sent over the axis that shards them."""
+  rng, sizes = np.random.default_rng(6), {"w": 16, "v": 6}
+  data = {n: rng.normal(size=(2, 2, size)).astype(np.float32) for n, size in sizes.items()}
+  z = ({n: np.zeros(size, np.float32) for n, size in sizes.items()},) * 2
+
+  def split(tree):
+    return {"top": tree["w"][..., :8], "bottom": tree["w"][..., 8:], "v": tree["v"]}
+
+  stacked = jax.jit(jax.vmap(ten_steps, (None, 0), axis_name="data"))
+  want = stacked(tuple(map(split, z)), split(data))
+  for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+    got, report = on_shards(kind, z, data)
+    assert {op.axis for op in report.ops} == {"data"}
+    for player, expected in zip(got, want):
+      for name, value in split(player).items():
+        np.testing.assert_allclose(value, expected[name][0], rtol=0, atol=1e-6)
+        assert np.abs(value).max() > 0.1
 
 
 def test_a_sum_over_workers_is_no_operator():
