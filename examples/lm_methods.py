@@ -13,7 +13,7 @@ from jaxcomm.training import RunConfig
 from jaxcomm.transforms import zero_one_adam_levels
 
 SPARSE = ("rand_k", "top_k")
-ROUNDS = ("diloco", "local_sgd")
+ROUNDS = ("diloco", "eager_diloco", "local_sgd")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,15 +21,16 @@ class MethodConfig(RunConfig):
   """Flags that choose what crosses the slow link, and when."""
 
   method: Literal[
-    "ddp", "diloco", "local_sgd", "none",
+    "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "none",
     "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
   ] = "diloco"  # fmt: skip
-  """ddp: mean gradient every step; diloco, local_sgd: a mean every --sync-period; none: never; the
-  others compress what ddp sends"""
+  """ddp: mean gradient every step; diloco, eager_diloco, local_sgd: a mean every --sync-period;
+  streaming_diloco: one of --fragments at a time; none: never; the others compress what ddp sends"""
   compressor: Literal[
     "auto", "none", "int8", "int4", "fp8", "e3m0", "natural", "qsgd", "sign", "top_k", "rand_k"
   ] = "auto"
-  """what a mean sends; auto: int4 for diloco, top_k for ef21, float32 otherwise"""
+  """what a mean sends; auto: int4 for diloco and eager_diloco, e3m0 for streaming_diloco, top_k for
+  ef21, float32 otherwise"""
   rounding: Literal["nearest", "stochastic"] = "nearest"
   """of int8, int4, fp8 and e3m0"""
   keep_ratio: float = 0.01
@@ -37,13 +38,21 @@ class MethodConfig(RunConfig):
   error_feedback: bool = False
   """carry what compression lost into the next mean"""
   sync_period: int = 20
-  """steps between two exchanges of diloco and local_sgd"""
+  """steps between two exchanges of the same parameters, of the methods with rounds"""
+  fragments: int = 4
+  """of the parameters, of which streaming_diloco sends one every sync_period / fragments steps"""
+  delay: int = 1
+  """steps from sending a fragment to merging it"""
+  alpha: float = 0.5
+  """share of a replica's own parameters in that merge"""
+  fragment_pattern: Literal["strided", "sequential"] = "strided"
+  """layers of a fragment: every n-th of n fragments, or neighbours"""
   lr: float = 4e-3
   """peak learning rate"""
   outer_lr: float = 0.7
-  """learning rate of DiLoCo's outer SGD"""
+  """learning rate of the outer SGD of diloco, streaming_diloco and eager_diloco"""
   outer_momentum: float = 0.6
-  """Nesterov momentum of DiLoCo's outer SGD"""
+  """Nesterov momentum of the same"""
   warmup: int | None = None
   """steps of linear warm-up, before a cosine down to a tenth; default 50, or half of a short run"""
   schedule_steps: int | None = None
@@ -62,7 +71,8 @@ class MethodConfig(RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("sync_period", "schedule_steps", "rank", "exact_steps", "demo_topk"):
+    counts = ("sync_period", "fragments", "schedule_steps", "rank", "exact_steps", "demo_topk")
+    for name in counts:
       if (value := getattr(self, name)) is not None and value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not 0 <= self.weight_decay < math.inf:
@@ -81,10 +91,26 @@ class MethodConfig(RunConfig):
     if not 0 < self.keep_ratio <= 1:
       raise ValueError(f"`keep_ratio` must be in (0, 1], got {self.keep_ratio}.")
     self._check_compressor()
+    if self.method == "streaming_diloco":
+      self._check_fragments()
+
+  def _check_fragments(self):
+    if self.sync_period % self.fragments:
+      raise ValueError(
+        f"`sync_period` must be a multiple of `fragments`, {self.fragments}, got"
+        f" {self.sync_period}."
+      )
+    if not 0 <= self.delay < self.sync_period // self.fragments:
+      raise ValueError(
+        f"`delay` must be in [0, {self.sync_period // self.fragments}), below sync_period /"
+        f" fragments, got {self.delay}."
+      )
+    if not 0 <= self.alpha <= 1:
+      raise ValueError(f"`alpha` must be in [0, 1], got {self.alpha}.")
 
   def _check_compressor(self):
     name = self.compressor_name
-    takes = self.method in ("ddp", "diloco", "local_sgd", "ef21")
+    takes = self.method in ("ddp", "ef21", "streaming_diloco", *ROUNDS)
     if self.compressor not in ("auto", "none") and not takes:
       raise ValueError(
         f"`compressor` has no effect with method {self.method!r}, got {self.compressor!r}."
@@ -108,7 +134,10 @@ class MethodConfig(RunConfig):
     """`compressor`, with "auto" resolved."""
     if self.compressor != "auto":
       return self.compressor
-    return {"diloco": "int4", "ef21": "top_k"}.get(self.method, "none")
+    defaults = {
+      "diloco": "int4", "eager_diloco": "int4", "streaming_diloco": "e3m0", "ef21": "top_k"
+    }  # fmt: skip
+    return defaults.get(self.method, "none")
 
   @property
   def schedule_length(self) -> int:
@@ -125,6 +154,9 @@ class MethodConfig(RunConfig):
     """Share of the steps at each level of exchange, see `jaxcomm.transforms.exchange_level`."""
     if self.method in ROUNDS:
       return 1 - 1 / self.sync_period, 1 / self.sync_period
+    if self.method == "streaming_diloco":  # level i sends fragment i
+      share = 1 / self.sync_period
+      return (1 - self.fragments * share, *[share] * self.fragments)
     exact = self.num_exact_steps
     if self.method in ("powersgd", "one_bit_adam"):
       return 1 - min(exact, self.steps) / self.steps, min(exact, self.steps) / self.steps
@@ -189,6 +221,7 @@ def build_transform(
   )
   decay = config.weight_decay
   inner = optax.chain(clip, optax.adamw(schedule, b2=0.95, weight_decay=decay))
+  nesterov = optax.sgd(config.outer_lr, momentum=config.outer_momentum, nesterov=True)
   # Frozen variances must not be those of the last 20 steps only: rare tokens have none there.
   adam: dict[str, Any] = {"b2": 0.999, "weight_decay": decay, "specs": specs}
   match config.method:
@@ -200,9 +233,22 @@ def build_transform(
       mean = build_mean(config, specs)
       return jaxcomm.local_sgd(inner, sync_period=config.sync_period, mean=mean)
     case "diloco":
-      nesterov = optax.sgd(config.outer_lr, momentum=config.outer_momentum, nesterov=True)
       outer = optax.chain(build_mean(config, specs), nesterov)
       return jaxcomm.diloco(inner, outer, sync_period=config.sync_period)
+    case "streaming_diloco":
+      return jaxcomm.streaming_diloco(
+        inner,
+        optax.chain(build_mean(config, specs), nesterov),
+        sync_period=config.sync_period,
+        fragments=config.fragments,
+        delay=config.delay,
+        alpha=config.alpha,
+        pattern=config.fragment_pattern,
+        stacked=stacked,
+      )
+    case "eager_diloco":
+      mean = build_mean(config, specs)
+      return jaxcomm.eager_diloco(inner, nesterov, sync_period=config.sync_period, mean=mean)
     case "powersgd":
       mean = jaxcomm.powersgd_mean(
         "replica",

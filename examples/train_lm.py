@@ -179,6 +179,7 @@ def main(config: Config) -> None:
 
   train_step = build_step(config, model, devices)
   batches, evaluation = build_data(config, corpora, train_step)
+  has_rounds = config.method in (*ROUNDS, "streaming_diloco")
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32
@@ -194,7 +195,7 @@ def main(config: Config) -> None:
       exchange_shares=config.exchange_shares,
       data=data.provenance(corpora),
       title=f"train_lm: {config.preset} {config.model}, {config.method}"
-      + (f" every {config.sync_period} steps" if config.method in ROUNDS else ""),
+      + (f" every {config.sync_period} steps" if has_rounds else ""),
     ),
   )
 

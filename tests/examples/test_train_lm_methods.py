@@ -11,6 +11,9 @@ METHODS = {
   "one_bit_adam": ["--exact-steps", "2"],
   "zero_one_adam": ["--exact-steps", "2"],
   "sign_majority": ["--lr", "1e-3"],
+  # Six steps are two rounds; fragments of unequal sizes.
+  "streaming_diloco": ["--sync-period", "3", "--fragments", "3", "--delay", "0"],
+  "eager_diloco": ["--sync-period", "2"],
 }
 COMPRESSORS = {"int8": ["--rounding", "stochastic"], "top_k": ["--error-feedback"]}
 
@@ -48,6 +51,14 @@ def test_compressors(train, tiny_flags, tmp_path, compressor):
     (["--method", "powersgd", "--rank", "0"], "`rank` must be at least 1, got 0"),
     (["--compressor", "top_k", "--keep-ratio", "0"], "`keep_ratio` must be in (0, 1], got 0.0"),
     (["--compressor", "sign", "--rounding", "stochastic"], "`rounding` has no effect"),
+    (
+      ["--method", "streaming_diloco", "--fragments", "3"],
+      "`sync_period` must be a multiple of `fragments`, 3, got 4",
+    ),
+    (
+      ["--method", "streaming_diloco", "--fragments", "2", "--delay", "2"],
+      "`delay` must be in [0, 2), below sync_period / fragments, got 2",
+    ),
     (["--method", "ef21", "--error-feedback"], "`error_feedback` needs a `compressor`"),
   ],
 )
