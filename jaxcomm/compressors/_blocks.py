@@ -98,7 +98,7 @@ def column_noise(key: jax.Array, shape: tuple[int, int]) -> Callable[[int, int],
 
   def noise(i, step):
     if step % 2:
-      both = jnp.stack([words_KH, _swap_halves(words_KH)], axis=2).reshape(num, -1)
+      both = jnp.stack([words_KH, _swap_halves(words_KH)], axis=2).reshape(num, width + width % 2)
       return _unit(both[:, i:width:step])
     words = words_KH[:, i // 2 :: step // 2]
     return _unit(_swap_halves(words) if i % 2 else words)
