@@ -1,21 +1,23 @@
-"""Counts the bytes that a compiled program puts on the loopback device of its network namespace.
+"""Counts the bytes that compiled programs put on the loopback device of their network namespace.
 
-Arguments: the name of a program of `WIRES`. Reports, from process 0's reading of /proc/net/dev,
-what one device sends per execution, what the wire meter says, and what an idle job sends.
+Reports for each program of `WIRES`, from process 0's reading of /proc/net/dev, what one device
+sends per execution, what the wire meter says, and what an idle job sends in that time.
 """
 
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from join import join, place, replica_mesh, report
-from programs import WIRES, on_mesh
+from programs import WIRES, Program, on_mesh
 
 from jaxcomm.inspect import collective_bytes
 
-EXECUTIONS = 5
+EXECUTIONS = 3
 IDLE_SECONDS = 3.0
 
 
@@ -29,30 +31,37 @@ def bytes_sent() -> int:
 
 
 def main() -> None:
-  (name,) = join()
-  size, program = WIRES[name]
-  mesh, n = replica_mesh(), jax.process_count()
+  join()
+  mesh = replica_mesh()
+  idle_bytes, seconds = reading(lambda: time.sleep(IDLE_SECONDS))
+  idle = idle_bytes / seconds
+  report({name: measure(mesh, size, program, idle) for name, (size, program) in WIRES.items()})
+
+
+def measure(mesh: jax.sharding.Mesh, size: int, program: Program, idle: float) -> dict[str, Any]:
+  """What one device sends per execution of `program`; `idle` bytes per second belong to nobody."""
+  n = jax.process_count()
   rows = np.random.default_rng(0).standard_normal((n, size), np.float32)
   x = place(mesh, rows)
   compiled = on_mesh(program, mesh).lower(x).compile()
   jax.block_until_ready(compiled(x))  # connects the sockets
-  readings = []
-  for work in (lambda: time.sleep(IDLE_SECONDS), lambda: execute(compiled, x)):
-    multihost_utils.sync_global_devices("read")
-    start, before = time.perf_counter(), bytes_sent()
-    multihost_utils.sync_global_devices("begin")
-    work()
-    multihost_utils.sync_global_devices("end")
-    readings.append((bytes_sent() - before, time.perf_counter() - start))
-  (idle, idle_seconds), (sent, seconds) = readings
-  report(
-    {
-      "measured": sent / n / EXECUTIONS,
-      "compiled": collective_bytes(compiled, mesh).total,
-      "idle": idle / idle_seconds * seconds / n / EXECUTIONS,
-      "seconds": seconds,
-    }
-  )
+  sent, seconds = reading(lambda: execute(compiled, x))
+  return {
+    "measured": sent / n / EXECUTIONS,
+    "compiled": collective_bytes(compiled, mesh).total,
+    "idle": idle * seconds / n / EXECUTIONS,
+    "seconds": seconds,
+  }
+
+
+def reading(work: Callable[[], None]) -> tuple[int, float]:
+  """The bytes that all processes send while each does `work`, and its seconds."""
+  multihost_utils.sync_global_devices("read")
+  start, before = time.perf_counter(), bytes_sent()
+  multihost_utils.sync_global_devices("begin")
+  work()
+  multihost_utils.sync_global_devices("end")
+  return bytes_sent() - before, time.perf_counter() - start
 
 
 def execute(compiled: jax.stages.Compiled, x: jax.Array) -> None:

@@ -21,13 +21,21 @@ pytestmark = [
 GLOO = {("psum_scatter", 4): 3.5 / 3}
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-@pytest.mark.parametrize("name", WIRES)
-def test_socket_bytes_agree_with_the_compiled_program(name, num_processes, tmp_path):
+@pytest.fixture(scope="module", params=[2, 4])
+def job(request, tmp_path_factory):
+  """Number of processes, and what each reports: one job runs all programs."""
+  folder = tmp_path_factory.mktemp("sockets")
   with network_namespace() as prefix:
-    results = run_workers(
-      "socket_worker.py", num_processes, name, folder=tmp_path, prefix=prefix, timeout=600
+    reports = run_workers(
+      "socket_worker.py", request.param, folder=folder, prefix=prefix, timeout=600
     )
+  return request.param, reports
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_socket_bytes_agree_with_the_compiled_program(job, name):
+  num_processes, reports = job
+  results = [r[name] for r in reports]
   result = results[0]
   ratio = result["measured"] / result["compiled"]
   print(f"{name}, {num_processes} processes: {result}, ratio {ratio:.4f}")
