@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jaxcomm.compressors import Compressor
+
 
 def check_transform(name: str, transform: Any) -> None:
   """Raises ValueError unless `transform` has the two functions of an optax transform."""
   if not all(callable(getattr(transform, part, None)) for part in ("init", "update")):
     raise ValueError(f"`{name}` must be an optax transform, got {transform!r}.")
+
+
+def check_compressor(compressor: Any) -> None:
+  """Raises ValueError unless `compressor` is one."""
+  if not isinstance(compressor, Compressor):
+    raise ValueError(f"`compressor` must be a Compressor, such as int8(), got {compressor!r}.")
 
 
 def check_floating(name: str, tree: Any) -> None:

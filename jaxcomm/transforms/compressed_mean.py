@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.compressors import Compressor
+from jaxcomm.transforms._checks import check_compressor
 from jaxcomm.transforms._compressed import MEANS, CompressedMeanState, check_algorithm
 from jaxcomm.transforms._leafwise import map_leaves
 from jaxcomm.transforms.error_feedback import error_feedback as ef14
@@ -60,8 +61,9 @@ def compressed_mean(
     A `GradientTransformation`.
 
   Raises:
-    ValueError: unknown `algorithm`; in update an unbound axis, missing `specs`, an update that is
-      not floating point, or `specs` that shard leaves while `jax.vmap` stacks the replicas.
+    ValueError: unknown `algorithm`, `compressor` is none; in update an unbound axis, missing
+      `specs`, an update that is not floating point, or `specs` that shard leaves while `jax.vmap`
+      stacks the replicas.
 
   References:
     Seide et al., 1-Bit Stochastic Gradient Descent, 2014 (error feedback); Wang et al., ZeRO++,
@@ -77,6 +79,7 @@ def compressed_mean(
     [-127.0, -127.0]
   """
   check_algorithm(algorithm)
+  check_compressor(compressor)
   if error_feedback:
     return ef14(axis_name, compressor, algorithm=algorithm, specs=specs, seed=seed)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.compressors import Compressor
+from jaxcomm.transforms._checks import check_compressor
 from jaxcomm.transforms._compressed import mean_of_messages
 from jaxcomm.transforms._leafwise import map_leaves
 
@@ -56,7 +57,7 @@ def ef21(
     A `GradientTransformation` with `EF21State`.
 
   Raises:
-    ValueError: in update, as `compressed_mean`.
+    ValueError: `compressor` is none; in update, as `compressed_mean`.
 
   References:
     Richtarik, Sokolov, Fatkhullin, EF21, https://arxiv.org/abs/2106.05203.
@@ -74,6 +75,7 @@ def ef21(
     >>> jax.vmap(three_means, axis_name="replica")(grads)[0].tolist()
     [8.0, 3.0]
   """
+  check_compressor(compressor)
 
   def init_fn(params):
     zeros = optax.tree.zeros_like(params, dtype=jnp.float32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm.compressors import Compressor
+from jaxcomm.transforms._checks import check_compressor
 from jaxcomm.transforms._compressed import MEANS, CompressedMeanState, check_algorithm
 from jaxcomm.transforms._leafwise import map_leaves
 
@@ -76,6 +77,7 @@ def error_feedback(
     ([8.0, 2.0], [8.0, 4.0])
   """
   check_algorithm(algorithm)
+  check_compressor(compressor)
   _check_scale(ef_scale, learning_rate)
   if not 0 < decay <= 1:
     raise ValueError(f"`decay` must be in (0, 1], got {decay!r}.")

@@ -8,7 +8,7 @@ import optax
 
 from jaxcomm import _axes
 from jaxcomm.compressors import scaled_sign
-from jaxcomm.transforms._checks import check_count, check_decay, check_transform
+from jaxcomm.transforms._checks import check_count, check_decay, check_floating, check_transform
 from jaxcomm.transforms.error_feedback import error_feedback
 from jaxcomm.transforms.pmean_over import pmean_over
 
@@ -123,6 +123,7 @@ def _momentum_in_signs(axis_name, warmup_steps, b1, b2, eps, mean):
   def update_fn(updates, state, params=None):
     del params
     _axes.axis_size(axis_name)
+    check_floating("updates", updates)
     grads = optax.tree.cast(updates, jnp.float32)
 
     def warm_up(grads, mu, nu, mean_state):
@@ -134,7 +135,7 @@ def _momentum_in_signs(axis_name, warmup_steps, b1, b2, eps, mean):
     def signs(grads, mu, nu, mean_state):
       own = optax.tree.update_moment(grads, mu, b1, 1)
       mu, mean_state = mean.update(own, mean_state)
-      mu = jax.tree.map(lambda m, v: jnp.where(v > 0, m, 0.0), mu, nu)
+      mu = jax.tree.map(lambda m, v: jnp.where(v == 0, 0.0, m), mu, nu)  # a NaN shows
       return mu, nu, mean_state
 
     args = (grads, state.mu, state.nu, state.mean_state)

@@ -124,6 +124,8 @@ def powersgd_mean(
   """
   check_count("rank", rank, at_least=1)
   check_count("start_step", start_step, at_least=0)
+  for num in jax.tree.leaves(stacked):
+    check_count("stacked", num, at_least=0)
   _check_options(variant, error, error_feedback, warm_start, min_compression_rate)
   method = _PowerSGD(
     axis_name, rank, variant == "alternating", error_feedback, error == "local", warm_start,

@@ -295,7 +295,7 @@ class _ZeroOneAdam:
 
 def _where_seen(nu: jax.Array, x: jax.Array) -> jax.Array:
   """x, and zero where no gradient has ever been seen."""
-  return jnp.where(nu > 0, x, 0.0)
+  return jnp.where(nu == 0, 0.0, x)  # a NaN shows
 
 
 def _hit(interval: Interval, now: Any, num_hits: int, longest: int = 2**30) -> Interval:

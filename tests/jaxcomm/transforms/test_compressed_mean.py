@@ -8,7 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcomm import _axes, _shards, compressed_mean, e3m0, int4, int8, pmean_over
+from jaxcomm import (
+  _axes,
+  _shards,
+  compressed_mean,
+  e3m0,
+  ef21,
+  error_feedback,
+  int4,
+  int8,
+  pmean_over,
+)
 from jaxcomm.inspect import collective_bytes
 
 REPLICAS, STEPS = 4, 6
@@ -283,6 +293,12 @@ def test_stacked_replicas_cannot_be_compressed_by_shards():
     refused = pytest.raises(ValueError, match=r"over the mesh axes \['fsdp'\].*vmap")
     with _shards.around_stacked_replicas(mesh), refused if fsdp > 1 else contextlib.nullcontext():
       jax.eval_shape(update, grads)
+
+
+@pytest.mark.parametrize("make", [compressed_mean, error_feedback, ef21])
+def test_rejects_what_is_no_compressor(make):
+  with pytest.raises(ValueError, match=r"`compressor` must be a Compressor.* got 'int8'"):
+    make("replica", "int8")
 
 
 def test_rejects_an_unknown_algorithm():

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxcomm import compressed_mean, e3m0, ef21, error_feedback, int4
-from jaxcomm.compressors import identity
+from jaxcomm.compressors import identity, scaled_sign
 
 STEPS = 8
 GRADS = np.random.default_rng(4).normal(size=(4, STEPS, 33)).astype(np.float32)
@@ -59,6 +59,30 @@ def test_a_constant_rate_changes_nothing(roll_out):
   want, _ = roll_out(error_feedback("replica", e3m0(8)), GRADS)
   got, _ = roll_out(step, GRADS)
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_feedback_repairs_sign_descent(feedback):
+  """f(x) = |x_0 + x_1| / 2 + |x_0 - x_1|: signs alone never leave the line x_0 + x_1 = 2."""
+  tx = compressed_mean(
+    "replica", scaled_sign(), algorithm="all_gather", error_feedback=feedback
+  )  # fmt: skip
+
+  def descend(x):
+    def step(carry, _):
+      x, state = carry
+      along, across = jnp.sign(x[0] + x[1]) / 2, jnp.sign(x[0] - x[1])
+      updates, state = tx.update(jnp.stack([along + across, along - across]), state)
+      return (x - 2.0**-7 * updates, state), None
+
+    return jax.lax.scan(step, (x, tx.init(x)), length=1000)[0][0]
+
+  start = jnp.asarray([[1.25 + 2**-8, 0.75 - 2**-8]] * 2)  # two replicas that agree
+  x = jax.jit(jax.vmap(descend, axis_name="replica"))(start)[0]
+  if feedback:
+    assert jnp.abs(x).max() < 0.1
+  else:
+    assert x.sum() == 2.0
 
 
 @pytest.mark.parametrize(

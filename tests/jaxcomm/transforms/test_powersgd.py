@@ -177,6 +177,7 @@ def test_a_state_for_other_shards_is_refused():
     ({"error": "mean"}, r"`error` must be .* got 'mean'"),
     ({"error": "global", "error_feedback": False}, r"`error` has no effect"),
     ({"variant": "alternating", "warm_start": False}, r"`warm_start` must be True"),
+    ({"stacked": {"w": -1}}, r"`stacked` must be an integer >= 0, got -1"),
     ({"min_compression_rate": 0}, r"`min_compression_rate` must be positive, got 0"),
   ],
 )

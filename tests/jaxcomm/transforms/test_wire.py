@@ -67,6 +67,37 @@ METHODS = {
 }
 
 
+def replica(tx, grads):
+  updates, _ = tx.update(grads, tx.init(grads), grads)
+  return updates
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rejects_an_unbound_axis_and_leaves_that_are_not_floating_point(method):
+  tx = METHODS[method][0]
+  with pytest.raises(ValueError, match="axis `replica` is unbound"):
+    jax.eval_shape(lambda g: replica(tx, g), jnp.ones((24, 20)))
+  whole = {"w": jnp.ones((2, 24, 20), jnp.int32)}
+  with pytest.raises(ValueError, match=r"must be floating-point arrays, got int32 at \['w'\]"):
+    jax.eval_shape(jax.vmap(lambda g: replica(tx, g), axis_name="replica"), whole)
+
+
+@pytest.mark.slow
+def test_nan_and_inf_of_one_replica_show_on_all():
+  """The vote alone is made to stand them."""
+  txs = {k: tx for k, (tx, *_) in METHODS.items() if k != "sign_majority"}
+  grads = np.ones((2, 24, 20), np.float32)
+  grads[0, 3, 4], grads[1, 20, 7] = np.nan, np.inf
+
+  def update(g):
+    return {k: replica(tx, g) for k, tx in txs.items()}
+
+  for name, got in jax.jit(jax.vmap(update, axis_name="replica"))(grads).items():
+    assert not np.isfinite(got[:, 3, 4]).any(), name
+    if not name.startswith("demo"):  # the sign of Inf is a number; what is kept of it is NaN
+      assert not np.isfinite(got[:, 20, 7]).any(), name
+
+
 FAST = ("powersgd", "sign_majority", "demo")
 
 
