@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcomm.compressors import _norms, _packing
+from jaxcomm.compressors import _blocks, _norms, _packing
 from jaxcomm.compressors._base import Compressor, Key, Payload
 
 Scale = Literal["l1", "rms"]
@@ -54,7 +54,9 @@ class ScaledSign(Compressor):
 
   def _encode(self, key: Key, x_D: jax.Array) -> Payload:
     del key
-    signs = _packing.pack((x_D < 0).astype(jnp.uint8), 1)
+    x_KB = _blocks.to_blocks(x_D, 256)  # rows of whole bytes
+    negative = lambda i, step: (x_KB[:, i::step] < 0).astype(jnp.uint8)  # noqa: E731
+    signs = _packing.pack_columns(negative, x_KB.shape, 1, x_D.size)
     if x_D.size == 0:
       return {"signs": signs, "scale": jnp.zeros(0, jnp.float32)}
     if self.scale == "l1":

@@ -315,7 +315,7 @@ def test_two_hops_err_twice_as_much_as_one_on_independent_data(on_devices, stack
 
 @SLOW
 def test_stochastic_mean_is_unbiased(hops, on_devices, stacked):
-  n, num_keys = 4, 500
+  n, num_keys = 4, 2000
   x = stacked(n, (40,))
   compressor = int4(16, "stochastic")
 

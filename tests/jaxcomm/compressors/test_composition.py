@@ -1,10 +1,12 @@
 """The algebra: constants of composed compressors, and the claims it refuses."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxcomm.compressors import (
+  _hadamard,
   bernoulli,
   blockwise,
   chain_compressors,
@@ -117,6 +119,15 @@ def test_hadamard_spreads_an_outlier(roundtrip, normal):
   assert hadamard(natural()).omega == natural().omega
   with pytest.raises(ValueError, match="`size` of the Hadamard transform must be"):
     hadamard(int8(), 12)
+
+
+def test_hadamard_is_its_own_inverse_and_scales_every_norm(normal):
+  x = normal(96)
+  transform = jax.jit(_hadamard._transform, static_argnums=1)
+  rotated = transform(x, 32)
+  np.testing.assert_allclose(transform(rotated, 32) / 32, x, rtol=1e-5, atol=1e-6)
+  got, want = np.linalg.norm(rotated), np.sqrt(32) * np.linalg.norm(x)
+  assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_means_of_independent_compressions():
