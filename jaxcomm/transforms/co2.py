@@ -179,7 +179,7 @@ def staleness_gap(
   """
 
   def norm(tree):
-    squares = jnp.square(optax.global_norm(tree))
+    squares = jnp.square(optax.tree.norm(tree))
     return jnp.sqrt(squares if axis_name is None else jax.lax.psum(squares, axis_name))
 
   return 1 + norm(outer_step) / (norm(mean) + 1e-12)

@@ -93,7 +93,7 @@ def healthy_mean(
 
   def update_fn(updates, state, params=None, *, alive=None, **extra_args):
     del extra_args
-    mask = state.alive if alive is None else alive
+    mask = state.alive if alive is None else jnp.asarray(alive)
     size = _axes.axis_size(axis_name)
     check_floating("updates", updates)
     healthy = _all_finite(updates) if skip_nonfinite else jnp.ones((), jnp.bool_)

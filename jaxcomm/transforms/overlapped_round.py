@@ -86,7 +86,7 @@ def overlapped_round(
       value_and_grad, inner, _axes.vary(params, axis_name), state.inner_state, batches
     )
     params, state = end_of_round(state, local, inner_state, step, outer_state, sync_period)
-    return params, state, values
+    return _axes.vary(params, axis_name), state, values
 
   return round_fn
 

@@ -51,8 +51,8 @@ def sharded_outer(
 
   Raises:
     ValueError: `outer` is not a transform, `num_shards` is not an integer of at least 1, a leaf
-      has no dimension that `specs` leave unsharded; in update an unbound axis, or one of another
-      size than `num_shards`.
+      has no dimension that `specs` leave unsharded; in update an unbound axis, one of another
+      size than `num_shards`, or other axes of type Explicit larger than 1 (Auto ones will do).
 
   References:
     Rajbhandari et al., ZeRO, https://arxiv.org/abs/1910.02054, section 5; Sun et al., CO2,
@@ -65,7 +65,7 @@ def sharded_outer(
     >>> tx.init(jnp.zeros(6))[1][0].trace.shape
     (3,)
     >>> grads = jnp.stack([jnp.arange(6.0), 3 * jnp.arange(6.0)])
-    >>> step = jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="replica")(grads)
+    >>> step = jax.vmap(lambda g: tx.update(g, tx.init(g), g)[0], axis_name="replica")(grads)
     >>> step[0].tolist()
     [-0.0, -2.0, -4.0, -6.0, -8.0, -10.0]
   """
@@ -166,3 +166,8 @@ def _check_size(axis_name: str, num_shards: int) -> None:
     raise ValueError(
       f"`num_shards` must be the size of axis `{axis_name}`, {size}, got {num_shards}."
     )
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+  inner = [a for a in _shards.inner_axes() if kinds[a] == jax.sharding.AxisType.Explicit]
+  if inner:  # JAX 0.10 cannot lower the reduce-scatter there
+    raise ValueError(f"`num_shards` must be left out on a mesh of Explicit axes, got {inner}.")
