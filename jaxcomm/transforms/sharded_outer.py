@@ -166,6 +166,8 @@ def _check_size(axis_name: str, num_shards: int) -> None:
     raise ValueError(
       f"`num_shards` must be the size of axis `{axis_name}`, {size}, got {num_shards}."
     )
+  if not _shards.inner_axes():
+    return
   mesh = jax.sharding.get_abstract_mesh()
   kinds = dict(zip(mesh.axis_names, mesh.axis_types))
   inner = [a for a in _shards.inner_axes() if kinds[a] == jax.sharding.AxisType.Explicit]
