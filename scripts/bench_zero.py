@@ -1,7 +1,7 @@
 """Partition plans on the language model: memory, bytes, and losses when messages are rounded.
 
     python scripts/bench_zero.py            # `tiny`, untied, on eight virtual devices: runs nothing
-    python scripts/bench_zero.py --losses   # `nano`, three seeds of 200 steps
+    python scripts/bench_zero.py --losses   # `nano`, three seeds of 200 steps, 2 min
 
 Memory is what the compiler says of the step (`memory_analysis`), bytes are read from the compiled
 program (`collective_bytes`), each beside its formula (`memory_per_device`, `traffic_per_step`).
