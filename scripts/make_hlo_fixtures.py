@@ -31,7 +31,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcomm import collectives
+from jaxcomm import collectives, compressors
 
 ROOT = pathlib.Path(__file__).parent.parent
 AXES = ("replica", "data", "fsdp")
@@ -284,6 +284,53 @@ def quantized_program(mesh, bits, names):
   return f, (_array(mesh, (mesh.size * 16, COLUMNS), "float32", spec),)
 
 
+# Every compressor, with what its messages look like in HLO.
+MESSAGES = {
+  compressors.identity(): "f32",
+  compressors.int8(16): "u8",
+  compressors.int4(16, "stochastic"): "u8",
+  compressors.BlockInt(3, 16): "u8",
+  compressors.e3m0(16): "u8",
+  compressors.fp8("e4m3", 16): "u8",
+  compressors.fp8("e5m2", 16): "u8",
+  compressors.qsgd(5, 16): "u8",
+  compressors.natural(): "u8",
+  compressors.scaled_sign(): "u8",
+  compressors.top_k(5): "u8",
+  compressors.rand_k(6, shared_support=True): "f32",
+  compressors.rand_k(7, shared_support=True, value_dtype="bfloat16"): "u16",
+  compressors.bernoulli(0.25): "u8",
+  compressors.blockwise(compressors.scaled_sign(), 16): "u8",
+  compressors.chain_compressors(compressors.int8(16), compressors.top_k(8)): "u8",
+  compressors.induced(compressors.scaled_sign(), compressors.natural()): "u8",
+  compressors.contractive(compressors.natural()): "u8",
+  compressors.hadamard(compressors.int8(16), 8): "u8",
+  compressors.top_z_kmeans(0.5, 8): "u8",
+}
+MESSAGE_SHAPE = (3, 11)
+
+
+def message_tree(x):
+  return {"weight": x, "row": x[0], "bias": x[0, :4]}
+
+
+def messages_program(mesh):
+  """Means over `gpu` with the messages of every compressor; LoCo; a tree."""
+  key = jax.random.key(0)
+
+  def local(x):
+    x = x[0]
+    keys = jax.random.split(key, len(MESSAGES))  # equal ones would let XLA merge equal messages
+    means = [collectives.allgather_pmean(x, "gpu", c, key=k) for c, k in zip(MESSAGES, keys)]
+    loco, _ = collectives.loco_psum_scatter(x, collectives.loco_init(x), "gpu")
+    tree = collectives.tree_compressed_pmean(message_tree(x), "gpu", compressors.int8(), min_size=9)
+    return jax.tree.map(lambda a: a[None], (means, loco, tree))
+
+  spec = P(("node", "gpu"))
+  f = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  return f, (_array(mesh, (mesh.size, *MESSAGE_SHAPE), "float32", spec),)
+
+
 def _ladder_arguments(mesh, w_in_spec, w_out_spec, x_spec):
   return (
     _array(mesh, (LAYERS, MODEL, HIDDEN), "bfloat16", w_in_spec),
@@ -333,6 +380,7 @@ def _programs(devices):
   yield "diloco", diloco_program(mesh(replica=2, fsdp=4)), False
   for bits, names in QUANTIZED_FIXTURES.items():
     yield f"quantized_{bits}", quantized_program(mesh(node=2, gpu=4), bits, names), False
+  yield "messages", messages_program(mesh(node=4, gpu=2)), False
 
 
 def _devices(target):

@@ -29,6 +29,7 @@ from jaxcomm.collectives import (
   quantized_pmean_bytes,
   quantized_psum_bytes,
   quantized_psum_scatter_bytes,
+  tree_compressed_pmean_bytes,
 )
 from jaxcomm.compressors import e3m0, identity, int4, int8
 from jaxcomm.inspect import collective_bytes
@@ -91,6 +92,43 @@ def test_compilers_of_accelerators_send_the_same_bytes(bits, target):
   text = gzip.decompress((fixtures / f"quantized_{bits}.txt.gz").read_bytes()).decode()
   mesh = jax.sharding.AbstractMesh((2, 4), ("node", "gpu"))
   assert measured(text, mesh) == expected(bits, programs.QUANTIZED_FIXTURES[bits])
+
+
+def expected_messages():
+  """(kind, dtype) -> bytes of `programs.messages_program`, from the formulas."""
+  total, shape = collections.Counter(), programs.MESSAGE_SHAPE
+  for compressor, dtype in programs.MESSAGES.items():
+    total["all-gather", dtype] += compressor.payload_bytes(shape)  # to one other device
+  total["all-to-all", "u8"] += loco_psum_scatter_bytes(shape, 2)
+  tree = programs.message_tree(np.zeros(shape))
+  exact = quantized_pmean_bytes((4,), 2, bits=None)
+  hop = (tree_compressed_pmean_bytes(tree, 2, int8(), min_size=9) - exact) / 2
+  return total + collections.Counter(
+    {("all-to-all", "u8"): hop, ("all-gather", "u8"): hop, ("all-reduce", "f32"): exact}
+  )
+
+
+def measured_messages(program, mesh):
+  report = collective_bytes(program, mesh)
+  assert {op.axis for op in report.ops} == {"gpu"}
+  total = collections.Counter()
+  for op in report.ops:
+    total[op.kind, op.dtype] += op.bytes
+  return total
+
+
+@pytest.mark.slow
+def test_messages_of_every_compressor_are_their_payloads_and_all_devices_agree(bits_of):
+  mesh = jax.make_mesh((4, 2), ("node", "gpu"), (jax.sharding.AxisType.Auto,) * 2)
+  f, (like,) = programs.messages_program(mesh)
+  compiled = jax.jit(f).lower(like).compile()
+  assert measured_messages(compiled, mesh) == expected_messages()
+  x = np.random.default_rng(0).normal(size=like.shape).astype(np.float32)
+  means, _, tree = compiled(jax.device_put(x, like.sharding))
+  for name, mean in [*zip(programs.MESSAGES, means, strict=True), *tree.items()]:
+    pairs = bits_of(mean).reshape(4, 2, -1)
+    np.testing.assert_array_equal(pairs[:, 0], pairs[:, 1], err_msg=str(name))
+    assert np.any(mean)
 
 
 def compiled(on_devices, fn, n, shape, mode="checked"):
