@@ -131,6 +131,14 @@ def test_messages_of_every_compressor_are_their_payloads_and_all_devices_agree(b
     assert np.any(mean)
 
 
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+def test_compilers_of_accelerators_keep_the_messages_of_every_compressor(target):
+  fixtures = ROOT / "tests" / "jaxcomm" / "inspect" / "fixtures" / target
+  text = gzip.decompress((fixtures / "messages.txt.gz").read_bytes()).decode()
+  mesh = jax.sharding.AbstractMesh((4, 2), ("node", "gpu"))
+  assert measured_messages(text, mesh) == expected_messages()
+
+
 def compiled(on_devices, fn, n, shape, mode="checked"):
   """[(kind, dtype, bytes sent per device)] of the compiled program."""
   x = jax.ShapeDtypeStruct((n, *shape), jnp.float32)
