@@ -66,7 +66,7 @@ class Topology(abc.ABC):
     mean = np.full((size, size), 1 / size)
     matrices = [_matrix(links, size) for links in self.phases(size)]
     turn = functools.reduce(lambda before, w: w @ before, matrices)
-    return _root(np.linalg.norm(turn - mean, 2), len(matrices))
+    return _root(float(np.linalg.norm(turn - mean, 2)), len(matrices))
 
   def spectral_gap(self, size: int) -> float:
     """1 - λ, with λ the `contraction`: 1 mixes at once, 0 never.
@@ -174,7 +174,7 @@ class RandomMatching(Topology):
     r"""λ in root mean square: :math:`E \|x - \bar x\|^2 \le \lambda^{2Q} \|x_0 - \bar x\|^2`."""
     squares = [w.T @ w for w in (_matrix(links, size) for links in self.phases(size))]
     second_moment = sum(squares) / len(squares) - np.full((size, size), 1 / size)
-    return _root(np.linalg.norm(second_moment, 2), 2)
+    return _root(float(np.linalg.norm(second_moment, 2)), 2)
 
 
 def ring() -> Ring:
@@ -270,4 +270,4 @@ def _matrix(links: Phase, size: int) -> np.ndarray:
 
 def _root(x: float, degree: int) -> float:
   """Root of a norm that rounding may have left just above zero."""
-  return float(x) ** (1 / degree) if x > 1e-12 else 0.0
+  return x ** (1 / degree) if x > 1e-12 else 0.0

@@ -85,7 +85,7 @@ def stochastic_multiples(x_KB: jax.Array, noise_KB: jax.Array, scale_K1: jax.Arr
   return jnp.where(inverse_K1 > 0, low_KB + up_KB, 0.0).astype(jnp.int8)
 
 
-def column_noise(key: jax.Array, shape: tuple[int, int]) -> Callable[[int, int], jax.Array]:
+def column_noise(key: jax.Array, shape: tuple[int, ...]) -> Callable[[int, int], jax.Array]:
   """noise(i, step): float32 for the columns i::step of [K, B], uniform in [0, 1).
 
   Random bits are most of the cost of stochastic rounding, so two neighbours share 32 of them: each

@@ -25,7 +25,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
 
 def pack_columns(
-  code: Callable[[int, int], jax.Array], shape: tuple[int, int], bits: int, size: int
+  code: Callable[[int, int], jax.Array], shape: tuple[int, ...], bits: int, size: int
 ) -> jax.Array:
   """`pack` of the first `size` of [K, B] codes, given by columns; bits in 1..8.
 

@@ -61,18 +61,18 @@ def slow_momentum(
       momentum=optax.tree.zeros_like(params, dtype=jnp.float32),
     )
 
-  def update_fn(mean, state, params=None):
+  def update_fn(updates, state, params=None):
     del params
     penalty = 1.0
     if gap is not None:
-      penalty = gap(jax.tree.map(lambda m: -state.rate * m, state.momentum), mean)
+      penalty = gap(jax.tree.map(lambda m: -state.rate * m, state.momentum), updates)
     lr = _inner_lr_of_round(inner_lr, state, sync_period)
 
     def accumulate(m, g, penalty):
       m = outer_momentum * m + g * (1 / (lr * penalty))
       return m if clip_threshold is None else jnp.clip(m, -clip_threshold, clip_threshold)
 
-    momentum = jax.tree.map(accumulate, state.momentum, mean, _for_each(mean, penalty))
+    momentum = jax.tree.map(accumulate, state.momentum, updates, _for_each(updates, penalty))
     rate = jnp.asarray(outer_lr * lr, jnp.float32)
     step = jax.tree.map(lambda m: -rate * m, momentum)
     rounds = jnp.asarray(optax.safe_increment(state.rounds))

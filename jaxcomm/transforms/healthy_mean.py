@@ -24,7 +24,7 @@ class HealthyMeanState(NamedTuple):
     mean_state: of the mean.
   """
 
-  alive: jax.Array | None
+  alive: Any
   left_out: jax.Array
   total_left_out: jax.Array
   mean_state: optax.OptState

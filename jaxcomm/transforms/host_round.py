@@ -88,7 +88,8 @@ class HostRound:
 
   def init(self, params: optax.Params) -> LocalUpdatesState:
     """The state before the first round; all processes must start from equal parameters."""
-    return self._init(params)
+    state: Any = self._init(params)
+    return state
 
   def __call__(
     self,
@@ -112,7 +113,8 @@ class HostRound:
       ValueError: another `state` than the one whose mean is being waited for.
     """
     check_round(state, batches, self._sync_period)
-    pending = self._start(state.outer_state.inflight)
+    late: Any = state.outer_state
+    pending = self._start(late.inflight)
     local, inner_state, values = self._local(params, state.inner_state, batches)
     jax.block_until_ready(local)  # the time limit is for the exchange alone
     try:

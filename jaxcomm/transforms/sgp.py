@@ -26,8 +26,8 @@ class SGPState(NamedTuple):
   count: jax.Array
   weight: jax.Array
   inner_state: optax.OptState
-  message: optax.Params | None
-  message_weight: jax.Array | None
+  message: Any
+  message_weight: Any
 
 
 def sgp(

@@ -94,12 +94,12 @@ def sharded_outer(
       jax.tree.map(lambda p, cut: jnp.zeros(cut.part_shape, p.dtype), params, cuts_of(params))
     )
 
-  def update_fn(parts, state, params=None):
+  def update_fn(updates, state, params=None):
     if params is None:
       raise ValueError("`params` must be given to update: they say how the parts come together.")
     cuts = cuts_of(params)
     own = jax.tree.map(lambda p, cut: cut.own(p, axis_name), params, cuts)
-    step, state = outer.update(parts, state, own)
+    step, state = outer.update(updates, state, own)
     return jax.tree.map(lambda part, cut: cut.whole(part, axis_name), step, cuts), state
 
   return optax.chain(mean, optax.GradientTransformation(init_fn, update_fn))
