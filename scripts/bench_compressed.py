@@ -117,7 +117,8 @@ def _reported(root: pathlib.Path, name: str) -> list[tuple[dict, list[tuple[int,
 
 def report(root: pathlib.Path, directory: pathlib.Path) -> None:
   """Prints the table, writes every curve to compressed.json and draws them."""
-  all_runs = {name: _reported(root, name) for name in METHODS if (root / name).exists()}
+  ran = [name for name in METHODS if list((root / name).glob("lr_*_seed_0/summary.json"))]
+  all_runs = {name: _reported(root, name) for name in ran}
   base = all_runs["ddp"]
   seconds = {
     name: json.loads((root / "times" / name / "summary.json").read_text())["step_seconds"]
