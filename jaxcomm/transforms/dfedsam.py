@@ -69,7 +69,7 @@ def dfedsam(
     ...   p = jnp.zeros(())
     ...   updates, _ = tx.update(p - target, tx.init(p), p)
     ...   return optax.apply_updates(p, updates)
-    >>> jax.vmap(step, axis_name="replica")(jnp.array([0.0, 3.0, 0.0, 9.0])).round(3).tolist()
+    >>> jax.vmap(step, axis_name="replica")(jnp.array([0.0, 3.0, 0.0, 9.0])).round().tolist()
     [4.0, 1.0, 4.0, 3.0]
   """
   check_period(sync_period)
