@@ -13,7 +13,7 @@ from jaxcomm.training import RunConfig
 from jaxcomm.transforms import zero_one_adam_levels
 
 SPARSE = ("rand_k", "top_k")
-ROUNDS = ("diloco", "eager_diloco", "local_sgd")
+ROUNDS = ("co2", "diloco", "eager_diloco", "local_sgd", "slowmo")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,13 @@ class MethodConfig(RunConfig):
   """Flags that choose what crosses the slow link, and when."""
 
   method: Literal[
-    "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "none",
+    "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "slowmo", "co2",
+    "none",
     "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
   ] = "diloco"  # fmt: skip
-  """ddp: mean gradient every step; diloco, eager_diloco, local_sgd: a mean every --sync-period;
-  streaming_diloco: one of --fragments at a time; none: never; the others compress what ddp sends"""
+  """ddp: mean gradient every step; diloco, eager_diloco, local_sgd, slowmo, co2: a mean every
+  --sync-period; streaming_diloco: one of --fragments at a time; none: never; the others compress
+  what ddp sends"""
   compressor: Literal[
     "auto", "none", "int8", "int4", "fp8", "e3m0", "natural", "qsgd", "sign", "top_k", "rand_k"
   ] = "auto"
@@ -50,9 +52,9 @@ class MethodConfig(RunConfig):
   lr: float = 4e-3
   """peak learning rate"""
   outer_lr: float = 0.7
-  """learning rate of the outer SGD of diloco, streaming_diloco and eager_diloco"""
+  """learning rate of the outer step of diloco, streaming_diloco, eager_diloco, slowmo and co2"""
   outer_momentum: float = 0.6
-  """Nesterov momentum of the same"""
+  """its momentum, Nesterov's but for slowmo and co2"""
   warmup: int | None = None
   """steps of linear warm-up, before a cosine down to a tenth; default 50, or half of a short run"""
   schedule_steps: int | None = None
@@ -249,6 +251,16 @@ def build_transform(
     case "eager_diloco":
       mean = build_mean(config, specs)
       return jaxcomm.eager_diloco(inner, nesterov, sync_period=config.sync_period, mean=mean)
+    case "slowmo" | "co2":
+      method = jaxcomm.slowmo if config.method == "slowmo" else jaxcomm.co2
+      return method(
+        inner,
+        sync_period=config.sync_period,
+        outer_lr=config.outer_lr,
+        outer_momentum=config.outer_momentum,
+        inner_lr=schedule,
+        mean=build_mean(config, specs),
+      )
     case "powersgd":
       mean = jaxcomm.powersgd_mean(
         "replica",

@@ -14,6 +14,8 @@ METHODS = {
   # Six steps are two rounds; fragments of unequal sizes.
   "streaming_diloco": ["--sync-period", "3", "--fragments", "3", "--delay", "0"],
   "eager_diloco": ["--sync-period", "2"],
+  "slowmo": ["--sync-period", "2"],
+  "co2": ["--sync-period", "2"],
 }
 COMPRESSORS = {"int8": ["--rounding", "stochastic"], "top_k": ["--error-feedback"]}
 
