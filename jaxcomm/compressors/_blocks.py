@@ -90,7 +90,7 @@ def column_noise(key: jax.Array, shape: tuple[int, ...]) -> Callable[[int, int],
 
   Random bits are most of the cost of stochastic rounding, so two neighbours share 32 of them: each
   has 16 of its own on top and the other's below. Every number alone is uniform on the multiples of
-  2^-24; the two have a correlation of 2^-15.
+  2^-23; the two have a correlation of 2^-15.
   """
   num, width = shape
   words_KH = jax.random.bits(key, (num, -(-width // 2)), jnp.uint32)
@@ -111,8 +111,11 @@ def _swap_halves(words: jax.Array) -> jax.Array:
 
 
 def _unit(words: jax.Array) -> jax.Array:
-  """float32 in [0, 1) of the upper 24 bits, which int32 holds as well and converts faster."""
-  return (words >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+  """float32 in [0, 1) of the upper 23 bits, written as the fraction of a number in [1, 2).
+
+  Not by a factor of 2^-24: XLA may apply it to what the noise is multiplied with, which underflows.
+  """
+  return jax.lax.bitcast_convert_type((words >> 9) | np.uint32(0x3F800000), jnp.float32) - 1
 
 
 def multiples_variance(x_KB: jax.Array, scale_K1: jax.Array) -> jax.Array:
