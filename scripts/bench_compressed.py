@@ -83,18 +83,7 @@ def tune(root: pathlib.Path, pool: concurrent.futures.Executor, name: str) -> fl
 
 def measure_times(root: pathlib.Path) -> None:
   """Trains each method for some steps on 8 virtual devices, compressed from the second step on."""
-  flags = (
-    "--replicas",
-    REPLICAS,
-    "--steps",
-    "30",
-    "--log-every",
-    "1",
-    "--eval-every",
-    "0",
-    "--exact-steps",
-    "1",
-  )
+  flags = f"--replicas {REPLICAS} --steps 30 --log-every 1 --eval-every 0 --exact-steps 1".split()
   for name, method in METHODS.items():
     summary = train(root / "times" / name, *method, *flags, threads=None)
     print(f"{1e3 * summary['step_seconds']:.1f} ms {name}", flush=True)
