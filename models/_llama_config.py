@@ -87,6 +87,14 @@ def tiny() -> LlamaConfig:
   )  # fmt: skip
 
 
+def mini() -> LlamaConfig:
+  """5.0M parameters, float32: what `scripts/bench_network.py` sends over slow links."""
+  return LlamaConfig(
+    vocab_size=2048, hidden_size=256, num_layers=6, intermediate_size=704, num_heads=8,
+    num_kv_heads=4, rope_theta=10_000.0, tie_embeddings=True, max_seq_len=2048, dtype="float32",
+  )  # fmt: skip
+
+
 def small() -> LlamaConfig:
   """0.1B parameters: one accelerator."""
   return LlamaConfig(

@@ -26,6 +26,7 @@ from models._llama_config import (
   llama3_8b,
   llama3_70b,
   llama3_405b,
+  mini,
   nano,
   small,
   tiny,
@@ -46,6 +47,7 @@ __all__ = [
   "llama3_70b",
   "llama3_405b",
   "loss",
+  "mini",
   "nano",
   "num_params",
   "small",
@@ -211,7 +213,7 @@ def _forward(params, tokens_BS, positions, segment_ids, cfg: LlamaConfig, partit
   if cfg.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICY[cfg.remat], prevent_cse=False)
   x_BSD = embed({"embed_VD": params["embed_VD"]}, tokens_BS)
-  x_BSD = shard_batch(_vary_like(x_BSD, (params, cos_sin, mask)))
+  x_BSD = shard_batch(_axes.vary_like(x_BSD, (params, cos_sin, mask)))
   if cfg.scan_layers:
     x_BSD, _ = jax.lax.scan(body, x_BSD, params["layers"])
   else:
@@ -278,13 +280,6 @@ def _logits(params, x_BSD, cfg: LlamaConfig):
   x_BSD = _rms_norm(x_BSD, params["final_norm_D"], cfg)
   head_DV = params["embed_VD"].T if cfg.tie_embeddings else params["head_DV"]
   return jnp.matmul(x_BSD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
-
-
-def _vary_like(x, tree):
-  """Types `x` as differing over every manual axis of `tree`: a scan's carry keeps its type."""
-  for axis in sorted(frozenset().union(*map(_axes.varying_axes, jax.tree.leaves(tree)))):
-    x = _axes.vary(x, axis)
-  return x
 
 
 def loss(
