@@ -32,8 +32,9 @@ class Config(PartitionConfig):
   model: Literal["llama"] = "llama"
   """architecture"""
   preset: Literal[
-    "nano", "tiny", "small", "llama3_2_1b", "llama3_2_3b", "llama3_8b", "llama3_70b", "llama3_405b"
-  ] = "tiny"
+    "nano", "tiny", "mini", "small", "llama3_2_1b", "llama3_2_3b", "llama3_8b", "llama3_70b",
+    "llama3_405b",
+  ] = "tiny"  # fmt: skip
   """size of the model"""
   batch_size: int = 16
   """sequences per step, over all replicas"""
