@@ -47,6 +47,13 @@ def vary(tree: Any, axis_name: str) -> Any:
   return jax.tree.map(cast, tree)
 
 
+def vary_like(tree: Any, like: Any) -> Any:
+  """`vary` over every axis over which an array of `like` differs: a scan's carry keeps its type."""
+  for axis in sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(like)))):
+    tree = vary(tree, axis)
+  return tree
+
+
 def all_gather(tree: Any, axis_name: str, *, to: str = "varying") -> Any:
   """`jax.lax.all_gather`, stacked on a new leading axis, and an all-gather on every back end.
 

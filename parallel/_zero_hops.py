@@ -61,7 +61,7 @@ def gather_levels(
     if _size(level) > 1:
       flat = vary_all(x.reshape(-1))
       if bits is None:
-        parts = _on_raw_bits(lambda v, level=level: jax.lax.all_gather(v, level), flat)
+        parts = on_raw_bits(lambda v, level=level: jax.lax.all_gather(v, level), flat)
       else:
         parts = quantized_all_gather(
           flat, _name(level), bits=_bits(bits), block_size=block_size, tiled=False
@@ -95,12 +95,12 @@ def _mean_of_rows(rows, level, bits, block_size, key) -> jax.Array:
   elif rows.dtype == jnp.float32:
     total = jax.lax.psum_scatter(rows, level)
   else:  # 16 bits on the wire, but the sum in float32
-    rows = _on_raw_bits(lambda v: jax.lax.all_to_all(v, level, 0, 0), rows)
+    rows = on_raw_bits(lambda v: jax.lax.all_to_all(v, level, 0, 0), rows)
     total = rows.astype(jnp.float32).sum(0)
   return (total / rows.shape[0]).astype(rows.dtype)
 
 
-def _on_raw_bits(move: Callable, x: jax.Array) -> jax.Array:
+def on_raw_bits(move: Callable, x: jax.Array) -> jax.Array:
   """`move(x)`, which moves data only, with 16-bit floats as integers: XLA:CPU would widen them."""
   if x.dtype.itemsize != 2:
     return move(x)
