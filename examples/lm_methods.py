@@ -6,28 +6,29 @@ from typing import Any, Literal
 
 import jax
 import optax
+from lm_gossip import GOSSIP, GOSSIP_ROUNDS, GossipConfig, build_gossip, check_gossip
+from lm_means import build_compressor, build_mean, check_compressor
 
 import jaxcomm
-from jaxcomm import compressors
-from jaxcomm.training import RunConfig
 from jaxcomm.transforms import zero_one_adam_levels
 
-SPARSE = ("rand_k", "top_k")
-ROUNDS = ("co2", "diloco", "eager_diloco", "local_sgd", "slowmo")
+MEAN_ROUNDS = ("co2", "diloco", "eager_diloco", "local_sgd", "slowmo")
+ROUNDS = (*MEAN_ROUNDS, *GOSSIP_ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodConfig(RunConfig):
+class MethodConfig(GossipConfig):
   """Flags that choose what crosses the slow link, and when."""
 
   method: Literal[
     "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "slowmo", "co2",
-    "none",
+    "none", "noloco", "sgp", "ad_psgd", "adagossip", "dfedsam",
     "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
   ] = "diloco"  # fmt: skip
   """ddp: mean gradient every step; diloco, eager_diloco, local_sgd, slowmo, co2: a mean every
-  --sync-period; streaming_diloco: one of --fragments at a time; none: never; the others compress
-  what ddp sends"""
+  --sync-period; streaming_diloco: one of --fragments at a time; none: never; noloco, dfedsam: an
+  average with neighbours every --sync-period; sgp, ad_psgd, adagossip: every step; the others
+  compress what ddp sends"""
   compressor: Literal[
     "auto", "none", "int8", "int4", "fp8", "e3m0", "natural", "qsgd", "sign", "top_k", "rand_k"
   ] = "auto"
@@ -44,7 +45,7 @@ class MethodConfig(RunConfig):
   fragments: int = 4
   """of the parameters, of which streaming_diloco sends one every sync_period / fragments steps"""
   delay: int = 1
-  """steps from sending a fragment to merging it"""
+  """steps from sending a fragment to merging it, and by which updates of ad_psgd are late"""
   alpha: float = 0.5
   """share of a replica's own parameters in that merge"""
   fragment_pattern: Literal["strided", "sequential"] = "strided"
@@ -52,9 +53,9 @@ class MethodConfig(RunConfig):
   lr: float = 4e-3
   """peak learning rate"""
   outer_lr: float = 0.7
-  """learning rate of the outer step of diloco, streaming_diloco, eager_diloco, slowmo and co2"""
+  """of the outer step of diloco, streaming_diloco, eager_diloco, slowmo, co2 and noloco"""
   outer_momentum: float = 0.6
-  """its momentum, Nesterov's but for slowmo and co2"""
+  """its momentum, Nesterov's but for slowmo, co2 and noloco"""
   warmup: int | None = None
   """steps of linear warm-up, before a cosine down to a tenth; default 50, or half of a short run"""
   schedule_steps: int | None = None
@@ -92,7 +93,8 @@ class MethodConfig(RunConfig):
         raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
     if not 0 < self.keep_ratio <= 1:
       raise ValueError(f"`keep_ratio` must be in (0, 1], got {self.keep_ratio}.")
-    self._check_compressor()
+    check_compressor(self, takes=self.method in ("ddp", "ef21", "streaming_diloco", *MEAN_ROUNDS))
+    check_gossip(self)
     if self.method == "streaming_diloco":
       self._check_fragments()
 
@@ -109,27 +111,6 @@ class MethodConfig(RunConfig):
       )
     if not 0 <= self.alpha <= 1:
       raise ValueError(f"`alpha` must be in [0, 1], got {self.alpha}.")
-
-  def _check_compressor(self):
-    name = self.compressor_name
-    takes = self.method in ("ddp", "ef21", "streaming_diloco", *ROUNDS)
-    if self.compressor not in ("auto", "none") and not takes:
-      raise ValueError(
-        f"`compressor` has no effect with method {self.method!r}, got {self.compressor!r}."
-      )
-    if self.compressor not in ("auto", "none") and self.replicas == 1:
-      raise ValueError(
-        f"`compressor` acts between replicas, of which there is one, got {self.compressor!r}."
-      )
-    if self.method == "ef21" and name == "none":
-      raise ValueError("`compressor` must not be 'none' with method 'ef21'.")
-    if self.error_feedback and (name == "none" or self.method == "ef21"):
-      raise ValueError(
-        "`error_feedback` needs a `compressor`, and another method than ef21, got compressor"
-        f" {name!r} and method {self.method!r}."
-      )
-    if self.rounding != "nearest" and name not in ("int8", "int4", "fp8", "e3m0"):
-      raise ValueError(f"`rounding` has no effect on compressor {name!r}, got {self.rounding!r}.")
 
   @property
   def compressor_name(self) -> str:
@@ -168,38 +149,6 @@ class MethodConfig(RunConfig):
     return (1.0,)
 
 
-def build_compressor(config: MethodConfig) -> compressors.Compressor:
-  """The compressor that the flags name."""
-  name, rounding = config.compressor_name, config.rounding
-  if name in ("int8", "int4", "e3m0", "fp8"):
-    return getattr(compressors, name)(rounding=rounding)
-  if name == "top_k":
-    return compressors.top_k(ratio=config.keep_ratio)
-  if name == "rand_k":  # feedback needs a contractive compressor
-    feedback = config.error_feedback or config.method == "ef21"
-    return compressors.rand_k(ratio=config.keep_ratio, scaled=not feedback)
-  if name == "sign":
-    return compressors.scaled_sign()
-  if name == "qsgd":
-    return compressors.qsgd(levels=15)
-  return compressors.natural()
-
-
-def build_mean(config: MethodConfig, specs: Any) -> optax.GradientTransformation:
-  """The mean over `replica` that the flags ask for."""
-  if config.compressor_name == "none":
-    return jaxcomm.pmean_over("replica")
-  return jaxcomm.compressed_mean(
-    "replica",
-    build_compressor(config),
-    error_feedback=config.error_feedback,
-    # A second rounding of a sparse mean would drop most of what the replicas sent.
-    algorithm="all_gather" if config.compressor_name in SPARSE else "two_hop",
-    specs=specs,
-    seed=config.seed,
-  )
-
-
 def build_transform(
   config: MethodConfig,
   specs: Any,
@@ -226,6 +175,8 @@ def build_transform(
   nesterov = optax.sgd(config.outer_lr, momentum=config.outer_momentum, nesterov=True)
   # Frozen variances must not be those of the last 20 steps only: rare tokens have none there.
   adam: dict[str, Any] = {"b2": 0.999, "weight_decay": decay, "specs": specs}
+  if config.method in GOSSIP:
+    return build_gossip(config, inner)
   match config.method:
     case "none":
       return inner

@@ -54,6 +54,8 @@ class PartitionConfig(MethodConfig):
       raise ValueError(f"`method` {self.method!r} needs matrices, `partition` has flat parts.")
     if self.method == "streaming_diloco":
       raise ValueError("`method` 'streaming_diloco' needs layers, `partition` has flat parts.")
+    if self.method == "dfedsam":
+      raise ValueError("`method` 'dfedsam' needs whole gradients, `partition` shards them.")
     if self.data_parallel != 1:
       raise ValueError(f"`data_parallel` must be 1 with `partition`, got {self.data_parallel}.")
 

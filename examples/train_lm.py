@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from lm_gossip import training_loss
 from lm_methods import ROUNDS, build_transform
 from lm_partition import PartitionConfig, make_partitioned_step
 
@@ -158,13 +159,15 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
     replica=len(devices) // inner, data=config.data_parallel, fsdp=config.fsdp, devices=devices
   )
   specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh)
+  loss = build_loss(config, model)
   return make_train_step(
-    build_loss(config, model),
+    training_loss(config, loss),
     init,
     build_transform(config, specs, mesh, stacked),
     mesh,
     param_specs=specs,
     num_replicas=config.replicas,
+    eval_loss_fn=loss,
   )
 
 

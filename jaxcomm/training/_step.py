@@ -16,6 +16,7 @@ from jaxcomm import _axes
 from jaxcomm.training._layout import Layout, TrainState, init_state, make_layout
 from jaxcomm.transforms import apply_updates, exchange_level, just_synced
 from jaxcomm.transforms._local_updates import at_outer_params
+from jaxcomm.transforms.healthy_mean import left_out
 
 P = jax.sharding.PartitionSpec
 LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -30,7 +31,8 @@ class TrainStep:
     step: `step(state, batch) -> (state, metrics)`, jitted, donates `state`. Metrics are float32[R],
       one value per replica (nothing crosses the slow link for them); `synced`, bool[], says
       whether this step ended a round, if the method has rounds; `level`, int32[], how much it
-      exchanged (`exchange_level`), unless every step exchanges the same.
+      exchanged (`exchange_level`), unless every step exchanges the same; `total_left_out`, replicas
+      left out of means so far, if the method may leave some out (`healthy_mean`).
     evaluate: `evaluate(state, batch) -> {"loss_sum", "tokens"}`, float32[R] each: at the outer
       parameters where the method keeps them, else at each replica's own; every replica takes its
       rows of the batch.
@@ -99,6 +101,7 @@ def make_train_step(
   *,
   param_specs: Any = None,
   num_replicas: int | None = None,
+  eval_loss_fn: LossFn | None = None,
 ) -> TrainStep:
   """Builds the step; which state differs per replica is read from the types of the update.
 
@@ -114,6 +117,7 @@ def make_train_step(
     param_specs: a `PartitionSpec` per parameter over the other axes; default replicated.
     num_replicas: default the size of the mesh axis. More, with a mesh axis of size 1, stacks the
       replicas on the devices under `jax.vmap`.
+    eval_loss_fn: of `evaluate`, like `loss_fn`, which is the default.
 
   Raises:
     ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, replicas are to
@@ -155,10 +159,11 @@ def make_train_step(
   def local_step(state: TrainState, batch):
     params = _axes.vary(state.params, "replica")  # else the gradient arrives already summed
     (loss, aux), grads = grad_fn(params, batch)
-    return typed_update(state, grads), {"loss": loss, **aux}
+    state = typed_update(state, grads)
+    return state, {"loss": loss, **aux, **left_out(state.opt_state)}
 
   def local_eval(state: TrainState, batch):
-    loss, aux = loss_fn(at_outer_params(state.params, state.opt_state), batch)
+    loss, aux = (eval_loss_fn or loss_fn)(at_outer_params(state.params, state.opt_state), batch)
     tokens = jnp.asarray(aux.get("tokens", 1.0), jnp.float32)
     return {"loss_sum": loss.astype(jnp.float32) * tokens, "tokens": tokens}
 

@@ -113,6 +113,15 @@ def healthy_mean(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def left_out(opt_state: Any) -> dict[str, jax.Array]:
+  """`total_left_out`, int32[], of all healthy means in a state together; empty without any."""
+  healthy = lambda x: isinstance(x, HealthyMeanState)  # noqa: E731
+  states = [x for x in jax.tree.leaves(opt_state, is_leaf=healthy) if healthy(x)]
+  if not states:
+    return {}
+  return {"total_left_out": functools.reduce(jnp.add, [x.total_left_out for x in states])}
+
+
 def _all_finite(tree: Any) -> jax.Array:
   finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
   return functools.reduce(jnp.logical_and, finite, jnp.ones((), jnp.bool_))
