@@ -241,6 +241,16 @@ def _layer(layer, x_BSD, cos_sin, mask, cfg: LlamaConfig):
 
 
 def _attend(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
+  q_BSHC, k_BSKC, v_BSKC = _heads(x_BSD, layer, cos_sin, cfg)
+  if mask is None:
+    y_BSHC = _attention.cudnn_attention(q_BSHC, k_BSKC, v_BSKC)
+  else:
+    y_BSHC = _attention.attention(q_BSHC, k_BSKC, v_BSKC, mask)
+  return _merge_heads(y_BSHC, layer, cfg)
+
+
+def _heads(x_BSD, layer, cos_sin, cfg: LlamaConfig):
+  """Queries, keys and values, the first two turned to their positions."""
   q_BSHC = jnp.einsum("bsd,dhc->bshc", x_BSD, layer["q_DHC"])
   k_BSKC = jnp.einsum("bsd,dkc->bskc", x_BSD, layer["k_DKC"])
   v_BSKC = jnp.einsum("bsd,dkc->bskc", x_BSD, layer["v_DKC"])
@@ -248,11 +258,10 @@ def _attend(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
     q_BSHC = q_BSHC + layer["q_bias_HC"][None, None]
     k_BSKC = k_BSKC + layer["k_bias_KC"][None, None]
     v_BSKC = v_BSKC + layer["v_bias_KC"][None, None]
-  q_BSHC, k_BSKC = rope.rotate(q_BSHC, *cos_sin), rope.rotate(k_BSKC, *cos_sin)
-  if mask is None:
-    y_BSHC = _attention.cudnn_attention(q_BSHC, k_BSKC, v_BSKC)
-  else:
-    y_BSHC = _attention.attention(q_BSHC, k_BSKC, v_BSKC, mask)
+  return rope.rotate(q_BSHC, *cos_sin), rope.rotate(k_BSKC, *cos_sin), v_BSKC
+
+
+def _merge_heads(y_BSHC, layer, cfg: LlamaConfig):
   y_BSD = jnp.einsum("bshc,hcd->bsd", y_BSHC, layer["o_HCD"])
   return y_BSD + layer["o_bias_D"][None, None] if cfg.attention_bias else y_BSD
 
