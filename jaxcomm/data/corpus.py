@@ -25,8 +25,10 @@ def load_corpus(
 
   A source is one of
 
-  - `"sympy"`: the source code of the installed sympy 1.14.0;
-  - `"sympy-code"` or `"english-docs"`, after `fetch`;
+  - `"sympy"`: the source code of the installed sympy 1.14.0; or a part of it that is a domain of
+    its own, `"sympy-tests"`, `"sympy-modules"`, `"sympy-docstrings"`; or `"scipy-docstrings"`;
+  - `"sympy-code"` or `"english-docs"`, after `fetch`; or a part of the latter: `"python-manual"`,
+    `"postgresql-manual"`, `"wordnet-glosses"`;
   - a file, a folder (its .txt, .jsonl, .ndjson and .parquet files) or a glob: `.jsonl`, `.ndjson`
     and `.json` hold one object per line, `.parquet` a table; any other file is UTF-8 text;
   - `"hf:NAME"`, `"hf:NAME:CONFIG"`, `"hf:NAME@REVISION"` or `"hf:FOLDER"`, with the library
