@@ -15,7 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxcomm.training._layout import Layout, TrainState
-from jaxcomm.training._replicas import average_replicas, broadcast_replica
+from jaxcomm.training._replicas import (
+  average_replicas,
+  broadcast_replica,
+  check_parts,
+  map_masks,
+)
 
 _LOG = logging.getLogger(__name__)
 _DIGEST = "digest.json"
@@ -189,6 +194,8 @@ class Checkpoints:
         " each replica learnt since the last exchange has no unique place there. Ask for"
         " average_replicas or broadcast_replica (--replica-change)."
       )
+    if num_replicas != layout.num_replicas:
+      _check_parts(layout)
     shapes = _with_replicas(layout, num_replicas)
     _check_leaves(record["leaves"], _describe(shapes), step)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(_flatten(shapes)))
@@ -270,7 +277,17 @@ def _with_replicas(layout: Layout, num_replicas: int) -> TrainState:
     sharding = jax.NamedSharding(layout.mesh, spec)
     return jax.ShapeDtypeStruct((num_replicas, *shape.shape[1:]), shape.dtype, sharding=sharding)
 
-  return jax.tree.map(leaf, layout.shapes, layout.varying)
+  def mask(shape):
+    return jax.ShapeDtypeStruct((num_replicas,), shape.dtype, sharding=shape.sharding)
+
+  return map_masks(mask, jax.tree.map(leaf, layout.shapes, layout.varying))
+
+
+def _check_parts(layout: Layout) -> None:
+  try:
+    check_parts(layout.shapes)
+  except ValueError as e:
+    raise CheckpointError(str(e)) from e
 
 
 def _check_leaves(saved: dict[str, list], wanted: dict[str, list], step: int) -> None:

@@ -10,10 +10,20 @@ import optax
 from flax import struct
 
 from jaxcomm import _axes, _shards
-from jaxcomm.transforms import LocalUpdatesState, apply_updates, just_synced
+from jaxcomm.transforms import (
+  AdaGossipState,
+  ADPSGDState,
+  FragmentsState,
+  LocalUpdatesState,
+  SGPState,
+  apply_updates,
+  just_synced,
+)
 
 AxisType = jax.sharding.AxisType
 P = jax.sharding.PartitionSpec
+# Their `inner_state` is of an optimizer that sees one replica only.
+_HAVE_INNER = (LocalUpdatesState, FragmentsState, SGPState, ADPSGDState, AdaGossipState)
 
 
 class TrainState(struct.PyTreeNode):
@@ -309,16 +319,16 @@ def _with_varying_inner(varying: TrainState) -> TrainState:
   """
 
   def leaf(x):
-    if not isinstance(x, LocalUpdatesState):
+    if not isinstance(x, _HAVE_INNER):
       return x
     return x._replace(inner_state=jax.tree.map(lambda _: True, x.inner_state))
 
-  return jax.tree.map(leaf, varying, is_leaf=lambda x: isinstance(x, LocalUpdatesState))
+  return jax.tree.map(leaf, varying, is_leaf=lambda x: isinstance(x, _HAVE_INNER))
 
 
 def _outside_inner(opt_state: Any, kind: type) -> list[Any]:
   """The states of this kind that no inner optimizer holds."""
-  stops = lambda x: isinstance(x, (kind, LocalUpdatesState))  # noqa: E731
+  stops = lambda x: isinstance(x, (kind, *_HAVE_INNER))  # noqa: E731
   return [x for x in jax.tree.leaves(opt_state, is_leaf=stops) if isinstance(x, kind)]
 
 

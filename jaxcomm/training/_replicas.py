@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcomm.training._layout import Layout, TrainState
+from jaxcomm.transforms import HealthyMeanState, ShardedOuterState
 
 
 def average_replicas(state: TrainState, layout: Layout) -> TrainState:
@@ -14,11 +15,15 @@ def average_replicas(state: TrainState, layout: Layout) -> TrainState:
 
   Parameters, inner optimizer state and residuals are averaged in float32; integers (counters) are
   equal on all replicas and taken from the first. Nothing that a replica learnt is dropped, but
-  the mean of optimizer states is not a state any replica had.
+  the mean of optimizer states is not a state any replica had. In masks of `healthy_mean` all
+  replicas are alive again.
 
   Args:
     state: leaves that differ have a leading axis of the *saved* number of replicas.
     layout: of the run that goes on; its number of replicas and shardings are the result's.
+
+  Raises:
+    ValueError: each replica keeps its own part of an outer state (`sharded_outer`).
 
   Example: see `Checkpoints.restore`.
   """
@@ -34,13 +39,15 @@ def average_replicas(state: TrainState, layout: Layout) -> TrainState:
 def broadcast_replica(state: TrainState, layout: Layout, *, index: int = 0) -> TrainState:
   """Every replica of `layout` starts from saved replica `index`; the others are dropped.
 
+  In masks of `healthy_mean` all replicas are alive again.
+
   Args:
     state: leaves that differ have a leading axis of the *saved* number of replicas.
     layout: of the run that goes on; its number of replicas and shardings are the result's.
     index: which replica to keep.
 
   Raises:
-    ValueError: `index` is not one of the saved replicas.
+    ValueError: `index` is not one of the saved replicas, or as `average_replicas`.
   """
   stacked = [x for x, v in zip(jax.tree.leaves(state), jax.tree.leaves(layout.varying)) if v]
   saved = stacked[0].shape[0] if stacked else 1
@@ -49,8 +56,31 @@ def broadcast_replica(state: TrainState, layout: Layout, *, index: int = 0) -> T
   return _restack(state, layout, lambda x: x[index])
 
 
+def map_masks(fun: Callable[[Any], Any], state: Any) -> Any:
+  """`state` with `fun` of every mask of replicas in it, which is no array per replica."""
+  healthy = lambda x: isinstance(x, HealthyMeanState)  # noqa: E731
+
+  def leaf(x):
+    return x._replace(alive=fun(x.alive)) if healthy(x) and x.alive is not None else x
+
+  return jax.tree.map(leaf, state, is_leaf=healthy)
+
+
+def check_parts(state: Any) -> None:
+  """Raises ValueError if parts of an outer state are divided among the replicas."""
+  parts = lambda x: isinstance(x, ShardedOuterState)  # noqa: E731
+  if any(map(parts, jax.tree.leaves(state, is_leaf=parts))):
+    raise ValueError(
+      "every replica keeps its own part of the outer state (`outer_shards`, sharded_outer): the"
+      " number of replicas cannot change. Resume with the saved number."
+    )
+
+
 def _restack(state: TrainState, layout: Layout, merge: Callable[[Any], Any]) -> TrainState:
+  check_parts(layout.shapes)
+
   def change(state):
+    state = map_masks(lambda _: jnp.ones(layout.num_replicas, jnp.bool_), state)
     one = jax.tree.map(lambda x, varies: merge(x) if varies else x, state, layout.varying)
     return layout.stack(one)
 

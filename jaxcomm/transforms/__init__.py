@@ -54,7 +54,7 @@ from jaxcomm.transforms.powersgd_mean import PowerSGDState, powersgd_bytes, powe
 from jaxcomm.transforms.saddle import check_monotone, gap_bilinear, saddle_operator
 from jaxcomm.transforms.sam_loss import sam_loss
 from jaxcomm.transforms.sgp import SGPState, sgp
-from jaxcomm.transforms.sharded_outer import sharded_outer
+from jaxcomm.transforms.sharded_outer import ShardedOuterState, sharded_outer
 from jaxcomm.transforms.sign_majority import (
   SignMajorityState,
   sign_majority,
@@ -92,6 +92,7 @@ __all__ = [
   "ProcessMean",
   "QuorumSchedule",
   "SGPState",
+  "ShardedOuterState",
   "SignMajorityState",
   "SlowMomentumState",
   "ZeroOneAdamState",

@@ -10,7 +10,7 @@ import optax
 
 from jaxcomm import _shards
 from jaxcomm.transforms._checks import check_count
-from jaxcomm.transforms._local_updates import check_equal
+from jaxcomm.transforms._local_updates import check_alive, check_equal
 
 Pattern = Literal["strided", "sequential"]
 
@@ -227,10 +227,11 @@ def outer_step(
   *,
   axis_name: str,
   weight: jax.Array | None = None,
+  extra_args: dict[str, Any] | None = None,
 ) -> tuple[Any, tuple[optax.OptState, ...]]:
   """One step of `outer` on what replicas moved fragment `index`, `weight` times.
 
-  `local` is that fragment of a replica's own parameters.
+  `local` is that fragment of a replica's own parameters; `outer` takes `extra_args`.
 
   Returns:
     The outer parameters and the states of all fragments.
@@ -239,7 +240,10 @@ def outer_step(
   moved = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), old, local)
   if weight is not None:  # what has no weight may be anything, also NaN
     moved = jax.tree.map(lambda x: jnp.where(weight > 0, weight * x, 0.0), moved)
-  step, new = outer.update(moved, outer_states[index], old)
+  extra_args = extra_args or {}
+  check_alive(extra_args, outer_states)
+  outer = optax.with_extra_args_support(outer)
+  step, new = outer.update(moved, outer_states[index], old, **extra_args)
   check_equal(step, axis_name)
   anchor = fragments.put(anchor, index, jax.tree.map(jnp.add, old, step))
   return anchor, (*outer_states[:index], new, *outer_states[index + 1 :])

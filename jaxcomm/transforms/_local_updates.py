@@ -9,6 +9,7 @@ import optax
 
 from jaxcomm import _axes
 from jaxcomm.transforms._checks import check_floating, check_period, check_transform
+from jaxcomm.transforms.healthy_mean import HealthyMeanState
 
 
 class LocalUpdatesState(NamedTuple):
@@ -40,11 +41,12 @@ def local_updates(
 ) -> optax.GradientTransformationExtraArgs:
   """`sync_period` inner steps per replica, then one step of `outer` on the pseudo-gradient.
 
-  Where not `replicas_agree`, every replica has outer parameters of its own.
+  Where not `replicas_agree`, every replica has outer parameters of its own. Extra arguments of
+  update reach both; `alive` needs a mean that takes it.
   """
   check_period(sync_period)
   check_transform("inner", inner)
-  inner = optax.with_extra_args_support(inner)
+  inner, outer = map(optax.with_extra_args_support, (inner, outer))
 
   def init_fn(params):
     check_floating("params", params)
@@ -61,6 +63,7 @@ def local_updates(
     if params is None:
       raise ValueError("`params` must be given to update: the pseudo-gradient needs them.")
     _axes.axis_size(axis_name)
+    check_alive(extra_args, state.outer_state)
     updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
     count = jnp.asarray(optax.safe_increment(state.count))
     synced = jnp.equal(count % sync_period, 0)
@@ -68,7 +71,7 @@ def local_updates(
     def sync(updates, anchor, outer_state):
       local = optax.apply_updates(params, updates)
       pseudo_gradient = jax.tree.map(lambda a, p: a - p.astype(jnp.float32), anchor, local)
-      step, outer_state = outer.update(pseudo_gradient, outer_state, anchor)
+      step, outer_state = outer.update(pseudo_gradient, outer_state, anchor, **extra_args)
       if replicas_agree:
         check_equal(step, axis_name)
       anchor = jax.tree.map(jnp.add, anchor, step)
@@ -173,10 +176,14 @@ def apply_updates(params: optax.Params, updates: optax.Updates, opt_state: Any) 
 
 def at_outer_params(params: optax.Params, opt_state: Any) -> optax.Params:
   """`params` with the outer parameters in place of all that some method keeps, in their dtypes."""
+  chosen = select_outer_params(params, opt_state)
+  return jax.tree.map(lambda x, p: x.astype(p.dtype), chosen, params)
+
+
+def select_outer_params(params: Any, opt_state: Any) -> Any:
+  """Leaf by leaf what `opt_state` has as outer parameters, else what `params` has."""
   anchor = outer_params(opt_state)
-  if anchor is None:
-    return params
-  return jax.tree.map(lambda a, p: a.astype(p.dtype), _fill_masked(anchor, params), params)
+  return params if anchor is None else _fill_masked(anchor, params)
 
 
 def _find(opt_state: Any) -> list[Any]:
@@ -189,6 +196,17 @@ def _fill_masked(tree: Any, other: Any) -> Any:
   """`tree` with what `other` has where `tree` is masked."""
   masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
   return jax.tree.map(lambda x, y: y if masked(x) else x, tree, other, is_leaf=masked)
+
+
+def check_alive(extra_args: dict[str, Any], outer_state: Any) -> None:
+  """Raises ValueError if update is given a mask that no mean of `outer_state` takes."""
+  healthy = lambda x: isinstance(x, HealthyMeanState)  # noqa: E731
+  found = any(map(healthy, jax.tree.leaves(outer_state, is_leaf=healthy)))
+  if extra_args.get("alive") is not None and not found:
+    raise ValueError(
+      "`alive` needs a mean that can leave replicas out: wrap it in healthy_mean, or give"
+      " pmean_over `skip_nonfinite=True`."
+    )
 
 
 def check_equal(step: Any, axis_name: str) -> None:

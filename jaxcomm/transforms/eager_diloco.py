@@ -95,15 +95,19 @@ def eager_diloco(
   )
 
 
-def _eager_mean(axis_name: str, mean: optax.GradientTransformation) -> optax.GradientTransformation:
+def _eager_mean(
+  axis_name: str, mean: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  mean = optax.with_extra_args_support(mean)
+
   def init_fn(params):
     others = optax.tree.zeros_like(params, dtype=jnp.float32)
     return EagerMeanState(others, mean.init(params))
 
-  def update_fn(updates, state, params=None):
+  def update_fn(updates, state, params=None, **extra_args):
     own = jax.tree.map(lambda g: g / _axes.axis_size(axis_name), updates)
-    new, mean_state = mean.update(updates, state.mean_state, params)
+    new, mean_state = mean.update(updates, state.mean_state, params, **extra_args)
     others = jax.tree.map(jnp.subtract, new, own)
     return jax.tree.map(jnp.add, own, state.others), EagerMeanState(others, mean_state)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

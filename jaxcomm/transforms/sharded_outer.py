@@ -1,7 +1,7 @@
 """ZeRO for an outer optimizer: each replica keeps and computes one part of its state."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,16 @@ from jaxcomm.transforms._checks import check_count, check_floating, check_transf
 from jaxcomm.transforms.healthy_mean import healthy_mean
 
 P = jax.sharding.PartitionSpec
+
+
+class ShardedOuterState(NamedTuple):
+  """State of `sharded_outer`.
+
+  Attributes:
+    outer_state: of the outer optimizer, for this replica's part of every leaf.
+  """
+
+  outer_state: optax.OptState
 
 
 def sharded_outer(
@@ -35,7 +45,7 @@ def sharded_outer(
   Wire: a reduce-scatter and an all-gather of float32, each :math:`\frac{N-1}{N} 4d` bytes per
   device for `d` elements (with the padding): together as much as `pmean_over`.
 
-  On restore: the state needs the same number of replicas.
+  On restore: the state needs the same number of replicas; a replica change is refused.
 
   Args:
     outer: an optimizer without a mean, e.g. `optax.sgd(0.7, momentum=0.9, nesterov=True)`.
@@ -62,7 +72,7 @@ def sharded_outer(
     >>> import jax, jax.numpy as jnp, optax
     >>> from jaxcomm.transforms import sharded_outer
     >>> tx = sharded_outer(optax.sgd(1.0, momentum=0.5), "replica", 2)
-    >>> tx.init(jnp.zeros(6))[1][0].trace.shape
+    >>> tx.init(jnp.zeros(6))[1].outer_state[0].trace.shape
     (3,)
     >>> grads = jnp.stack([jnp.arange(6.0), 3 * jnp.arange(6.0)])
     >>> step = jax.vmap(lambda g: tx.update(g, tx.init(g), g)[0], axis_name="replica")(grads)
@@ -90,17 +100,17 @@ def sharded_outer(
     mean = healthy_mean(mean, axis_name, skip_nonfinite=skip_nonfinite, alive=alive)
 
   def init_fn(params):
-    return outer.init(
-      jax.tree.map(lambda p, cut: jnp.zeros(cut.part_shape, p.dtype), params, cuts_of(params))
-    )
+    parts = jax.tree.map(lambda p, cut: jnp.zeros(cut.part_shape, p.dtype), params, cuts_of(params))
+    return ShardedOuterState(outer.init(parts))
 
   def update_fn(updates, state, params=None):
     if params is None:
       raise ValueError("`params` must be given to update: they say how the parts come together.")
     cuts = cuts_of(params)
     own = jax.tree.map(lambda p, cut: cut.own(p, axis_name), params, cuts)
-    step, state = outer.update(updates, state, own)
-    return jax.tree.map(lambda part, cut: cut.whole(part, axis_name), step, cuts), state
+    step, outer_state = outer.update(updates, state.outer_state, own)
+    whole = jax.tree.map(lambda part, cut: cut.whole(part, axis_name), step, cuts)
+    return whole, ShardedOuterState(outer_state)
 
   return optax.chain(mean, optax.GradientTransformation(init_fn, update_fn))
 

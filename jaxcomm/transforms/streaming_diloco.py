@@ -131,7 +131,7 @@ def streaming_diloco(
     def send(p):
       def branch(updates, *args):
         local = optax.apply_updates(parts.take(params, p), parts.take(updates, p))
-        return outer_step(outer, parts, p, local, *args, axis_name=axis_name)
+        return outer_step(outer, parts, p, local, *args, axis_name=axis_name, extra_args=extra_args)
 
       return branch
 
