@@ -17,7 +17,6 @@ about two minutes on two cores.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -227,7 +226,6 @@ class Scorer:
     self._prior = {
       d: self._rows(c, "validation", config.prior_sequences) for d, c in corpora.items()
     }
-    self._apply = {s: functools.partial(_apply, cfg=m) for s, m in trainer.models.items()}
 
   def score(self, plans: list[hdee.Plan]) -> dict[str, dict[str, float]]:
     """Perplexity by rule and domain."""
@@ -257,15 +255,13 @@ class Scorer:
     }
 
   def _expert(self, p: hdee.Plan) -> hdee.ExpertSpec:
-    size = size_of(p)
-    training = llama.flops_per_token(self._trainer.models[size], self._config.seq_len)
-    return hdee.ExpertSpec(
-      name=p.name,
-      domain=p.domain,
-      apply_fn=self._apply[size],
-      params=self._trainer.params[p.name],
+    return hdee.llama_expert(
+      p.name,
+      p.domain,
+      self._trainer.params[p.name],
+      self._trainer.models[size_of(p)],
+      seq_len=self._config.seq_len,
       parent=p.parent,
-      flops_per_token=training / 3,
       tokenizer=self._tokenizer,
     )
 
@@ -273,10 +269,6 @@ class Scorer:
     rows = data.load_text(corpus, split=split, seq_len=self._config.seq_len)
     size = min(self._config.batch_size, len(rows), count)
     return list(data.eval_batches(rows, size, min(count, len(rows)) // size))
-
-
-def _apply(params, tokens, *, cfg: llama.LlamaConfig, **extras):
-  return llama.apply(params, tokens, cfg, **extras)[0]
 
 
 def summarise(config: Config, plans: dict[str, list[hdee.Plan]]) -> dict[str, Any]:

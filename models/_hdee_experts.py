@@ -4,6 +4,7 @@ Import the names from `models.hdee`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxcomm.training import TrainStep
 from jaxcomm.training._layout import init_state
+from models import llama, llama_decode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,9 @@ class ExpertSpec:
     parent: name of the model that it was branched from.
     flops_per_token: of a forward pass.
     tokenizer: names its vocabulary, such as a hash; equal in an ensemble.
+    init_cache_fn: `(batch_size, max_tokens) -> cache`, for `EnsembleLM.generate`.
+    decode_fn: `(params, tokens_BS, cache) -> (logits[B, S, V], cache)`, the next tokens after those
+      in the cache, likewise.
   """
 
   name: str
@@ -38,6 +43,60 @@ class ExpertSpec:
   parent: str | None = None
   flops_per_token: float | None = None
   tokenizer: str | None = None
+  init_cache_fn: Callable[[int, int], Any] | None = None
+  decode_fn: Callable[..., tuple[jax.Array, Any]] | None = None
+
+
+def llama_expert(
+  name: str,
+  domain: str,
+  params: llama.Params,
+  cfg: llama.LlamaConfig,
+  *,
+  seq_len: int,
+  parent: str | None = None,
+  tokenizer: str | None = None,
+) -> ExpertSpec:
+  """An `ExpertSpec` of a Llama model; all of one `cfg` share compiled code.
+
+  Args:
+    name: see `ExpertSpec`, as all others.
+    domain: as there.
+    params: from `llama.init`.
+    cfg: of `params`.
+    seq_len: of the sequences to score, for the FLOPs of a token.
+    parent: as there.
+    tokenizer: as there.
+
+  Example:
+    >>> params = llama.init(jax.random.key(0), llama.nano())
+    >>> round(llama_expert("law", "law", params, llama.nano(), seq_len=64).flops_per_token)
+    278528
+  """
+  apply_fn, init_cache_fn, decode_fn = _llama_fns(cfg)
+  return ExpertSpec(
+    name=name,
+    domain=domain,
+    apply_fn=apply_fn,
+    params=params,
+    parent=parent,
+    flops_per_token=llama.flops_per_token(cfg, seq_len) / 3,  # a third of training is forward
+    tokenizer=tokenizer,
+    init_cache_fn=init_cache_fn,
+    decode_fn=decode_fn,
+  )
+
+
+@functools.cache
+def _llama_fns(cfg: llama.LlamaConfig):
+  def apply_fn(params, tokens_BS, **extras):
+    return llama.apply(params, tokens_BS, cfg, **extras)[0]
+
+  return (
+    apply_fn,
+    functools.partial(llama_decode.init_cache, cfg),
+    functools.partial(llama_decode.decode, cfg=cfg),
+  )
 
 
 def branch(train_step: TrainStep, params: Any) -> TrainStep:

@@ -22,6 +22,7 @@ from models._hdee_experts import (
   ExpertSpec,
   branch,
   check_experts,
+  llama_expert,
   merge_average,
   shared_vocab_size,
   stack_experts,
@@ -46,6 +47,7 @@ __all__ = [
   "domain_posterior",
   "equal_budget",
   "estimate_prior",
+  "llama_expert",
   "merge_average",
   "mix_next_token",
   "mixture_log_prob",
@@ -190,8 +192,7 @@ class EnsembleLM:
   ) -> np.ndarray:
     """Continues `prompt_BS`, token by token, with weights that follow what was generated.
 
-    Every token costs a forward pass of all experts over the whole row: there is no cache of keys
-    and values. Rows have the length S + num_tokens from the start, so nothing is compiled again.
+    The prompt is read once; then each token costs a step of every expert with its own cache.
 
     Args:
       prompt_BS: integers [B, S], S at least 1.
@@ -203,34 +204,43 @@ class EnsembleLM:
       int32[B, S + num_tokens].
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range, or an expert has no `decode_fn`.
     """
-    tokens_BT = _prompt(prompt_BS, num_tokens, temperature, self.vocab_size)
-    length = tokens_BT.shape[1] - num_tokens
-    log_w_JB = self._weights_after(tokens_BT[:, :length])
-    for t in range(length, tokens_BT.shape[1]):
-      logp_JBV = self._next_log_probs(tokens_BT, t - 1)
-      drawn = _draw(
-        logp_JBV, log_w_JB, jax.random.fold_in(key, t), temperature, self.mixing, self.top_k
-      )
-      tokens_BT[:, t], log_w_JB = np.asarray(drawn[0]), drawn[1]
-    return tokens_BT
-
-  def _weights_after(self, prompt_BS: np.ndarray) -> jax.Array:
-    """[J, B] log-weights once the prompt is known; its first token has no prediction."""
-    uniform = jnp.broadcast_to(self._log_prior_J[:, None], (len(self.experts), prompt_BS.shape[0]))
-    if self.mixing != "posterior" or prompt_BS.shape[1] == 1:
-      return uniform
-    batch = {"tokens": prompt_BS[:, :-1], "targets": prompt_BS[:, 1:]}
-    logp = self.label_log_probs(batch)
-    return domain_posterior(logp, self.prior, exclusive=False)[..., -1]
-
-  def _next_log_probs(self, tokens_BT: np.ndarray, position: int) -> jax.Array:
-    found = [
-      _log_probs_at(e.apply_fn, e.params, _placed(tokens_BT, e.params), position)
+    prompt_BS = _check_prompt(prompt_BS, num_tokens, temperature, self.vocab_size)
+    if lacking := [e.name for e in self.experts if not (e.decode_fn and e.init_cache_fn)]:
+      raise ValueError(f"`experts` must have a `decode_fn` to generate, {lacking} have none.")
+    batch_size, length = prompt_BS.shape
+    caches = [
+      _placed(e.init_cache_fn(batch_size, length + num_tokens), e.params)
       for e in self.experts
+      if e.init_cache_fn
     ]
-    return jnp.stack(_together(found))
+    logp_JBSV, caches = self._decode(prompt_BS, caches)
+    log_w_JB = self._weights_after(prompt_BS, logp_JBSV)
+    tokens = [prompt_BS]
+    options = temperature, self.mixing, self.top_k
+    for step in range(num_tokens):
+      step_key = jax.random.fold_in(key, step)
+      token_B, log_w_JB = _draw(logp_JBSV[:, :, -1], log_w_JB, step_key, *options)
+      tokens.append(np.asarray(token_B)[:, None])
+      if step + 1 < num_tokens:
+        logp_JBSV, caches = self._decode(tokens[-1], caches)
+    return np.concatenate(tokens, 1)
+
+  def _decode(self, tokens_BS: np.ndarray, caches: list[Any]) -> tuple[jax.Array, list[Any]]:
+    """float32[J, B, S, V] log-probabilities after each of `tokens_BS`, and the caches with them."""
+    found = [
+      _decode_log_probs(e.decode_fn, e.params, _placed(tokens_BS, e.params), cache)
+      for e, cache in zip(self.experts, caches)
+    ]
+    return jnp.stack(_together([logp for logp, _ in found])), [cache for _, cache in found]
+
+  def _weights_after(self, prompt_BS: np.ndarray, logp_JBSV: jax.Array) -> jax.Array:
+    """[J, B] log-weights once the prompt is known; its first token was not predicted."""
+    if self.mixing != "posterior" or prompt_BS.shape[1] == 1:
+      return jnp.broadcast_to(self._log_prior_J[:, None], logp_JBSV.shape[:2])
+    label_JBS = _labels_of_each(logp_JBSV[:, :, :-1], prompt_BS[:, 1:])
+    return domain_posterior(label_JBS, self.prior, exclusive=False)[..., -1]
 
   def _geometric(self, batch: Batch) -> jax.Array:
     found = [_log_probs(e.apply_fn, e.params, _placed(batch, e.params)) for e in self.experts]
@@ -260,9 +270,15 @@ def _label_log_probs(apply_fn, params, batch: Batch) -> jax.Array:
   return _labels_of(_log_probs_of(apply_fn, params, batch), batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_probs_at(apply_fn, params, tokens_BT, position) -> jax.Array:
-  return _log_probs_of(apply_fn, params, {"tokens": tokens_BT})[:, position]
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode_log_probs(decode_fn, params, tokens_BS, cache):
+  logits_BSV, cache = decode_fn(params, tokens_BS, cache)
+  return jax.nn.log_softmax(logits_BSV.astype(jnp.float32)), cache
+
+
+@jax.jit
+def _labels_of_each(logp_JBSV: jax.Array, target_BS: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(logp_JBSV, target_BS[None, ..., None], -1)[..., 0]
 
 
 _mixture = jax.jit(
@@ -299,8 +315,10 @@ def _together(arrays: list[jax.Array]) -> list[jax.Array]:
   return [jax.device_put(x, jax.local_devices()[0]) for x in arrays]
 
 
-def _prompt(prompt_BS: Any, num_tokens: int, temperature: float, vocab_size: int) -> np.ndarray:
-  """int32[B, S + num_tokens], zeros after the prompt."""
+def _check_prompt(
+  prompt_BS: Any, num_tokens: int, temperature: float, vocab_size: int
+) -> np.ndarray:
+  """int32[B, S]."""
   prompt_BS = np.asarray(prompt_BS)
   integers = np.issubdtype(prompt_BS.dtype, np.integer)
   if prompt_BS.ndim != 2 or not prompt_BS.size or not integers:
@@ -316,4 +334,4 @@ def _prompt(prompt_BS: Any, num_tokens: int, temperature: float, vocab_size: int
     raise ValueError(f"`num_tokens` must be at least 1, got {num_tokens}.")
   if not 0 <= temperature < math.inf:
     raise ValueError(f"`temperature` must be finite and at least 0, got {temperature}.")
-  return np.pad(prompt_BS.astype(np.int32), ((0, 0), (0, num_tokens)))
+  return prompt_BS.astype(np.int32)
