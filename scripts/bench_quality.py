@@ -120,9 +120,9 @@ def _method_flags(job: Job):
 
 def _train_step(job: Job):
   import jax
+  from lm_gossip import training_loss
   from lm_methods import build_transform
 
-  from jaxcomm import sam_loss
   from jaxcomm.training import make_train_step
   from models import llama
 
@@ -131,12 +131,17 @@ def _train_step(job: Job):
   axes = llama.specs(cfg)
   stacked = jax.tree.map(lambda names: int("layers" in names), axes)
   specs = jax.tree.map(lambda _: jax.P(), axes)
+
+  def loss(params, batch):
+    return llama.loss(params, batch, cfg)
+
   return make_train_step(
-    sam_loss(lambda params, batch: llama.loss(params, batch, cfg), job.sam_rho, has_aux=True),
+    training_loss(flags, loss),
     lambda key: llama.init(key, cfg),
     build_transform(flags, specs, mesh, stacked),
     mesh,
     num_replicas=flags.replicas,
+    eval_loss_fn=loss,
   )
 
 

@@ -8,7 +8,7 @@ from jaxcomm.training._checkpoints import (
   tree_digest,
 )
 from jaxcomm.training._devices import start_devices
-from jaxcomm.training._launch import RunConfig, launch
+from jaxcomm.training._launch import RunConfig, launch, parse_flags
 from jaxcomm.training._layout import Layout, TrainState
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult, NonFiniteLossError
 from jaxcomm.training._progress import Progress, format_bytes
@@ -43,6 +43,7 @@ __all__ = [
   "launch",
   "load_config",
   "make_train_step",
+  "parse_flags",
   "plot_report",
   "read_metrics",
   "run",

@@ -144,7 +144,7 @@ def launch(
   """
   argv = sys.argv[1:] if argv is None else list(argv)
   try:
-    config = _parse(config_type, argv, description)
+    config = parse_flags(config_type, argv, description=description)
     check_installed(tensorboard=config.tensorboard, wandb=config.wandb is not None)
     if not os.environ.get("JAXCOMM_DEBUG"):
       _quiet_threads()
@@ -175,14 +175,37 @@ class _UsageError(ValueError):
   """Flags that cannot be parsed."""
 
 
-def _parse(config_type: type[ConfigT], argv: Sequence[str], description: str | None) -> ConfigT:
-  """`tyro.cli`, with the box that it draws around an error turned into a sentence."""
+def parse_flags(
+  config_type: type[ConfigT],
+  argv: Sequence[str],
+  *,
+  default: ConfigT | None = None,
+  description: str | None = None,
+) -> ConfigT:
+  """`tyro.cli`, with the box that it draws around an error turned into a sentence.
+
+  Args:
+    config_type: frozen dataclass of flags.
+    argv: the flags.
+    default: what holds where a flag is not given; by default that of the field, or with
+      `--resume` the flag of the run in `--out`.
+    description: text of `--help`.
+
+  Raises:
+    ValueError: flags that cannot be parsed, or that `config_type` refuses.
+
+  Example:
+    >>> from jaxcomm.training import RunConfig, parse_flags
+    >>> flags = parse_flags(RunConfig, ["--steps", "5"], default=RunConfig(steps=3, seed=2))
+    >>> flags.steps, flags.seed
+    (5, 2)
+  """
   import tyro
 
-  default = _saved_flags(config_type, argv)
+  start: Any = _saved_flags(config_type, argv) if default is None else default
 
   def parse():
-    return tyro.cli(config_type, args=argv, default=default, description=description)
+    return tyro.cli(config_type, args=argv, default=start, description=description)
 
   try:
     with contextlib.redirect_stderr(io.StringIO()):
