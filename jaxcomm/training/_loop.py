@@ -74,7 +74,8 @@ class Loop:
 
   While step n runs on the device the host reads the metrics of step n - 1, which is also when a
   non-finite loss stops the run (with several processes only at logged steps and evaluations, since
-  reading is then a collective); parameters that are not finite are never saved. The iterator's
+  reading is then a collective); parameters that are not finite are never saved. Evaluations also
+  log `disagreement`, where the method exchanges and leaves replicas apart. The iterator's
   state travels in every checkpoint; wire bytes are counted for every step from `wire`.
 
   Args:
@@ -119,6 +120,7 @@ class Loop:
     self._loss: float | None = None
     self._eval_loss: float | None = None
     self._first_eval_loss: float | None = None
+    self._disagreement: dict[str, float] = {}
     self._wire_total = 0.0
     self._durations: list[float] = []
     self._logged_at: tuple[int, float] = (0, time.perf_counter())
@@ -229,7 +231,7 @@ class Loop:
     if self._wire is not None:
       row |= {"wire_bytes": self._wire.sent(level), "wire_bytes_total": self._wire_total}
     if eval_loss is not None:
-      row["eval_loss"] = eval_loss
+      row |= {"eval_loss": eval_loss} | self._disagreement
     self._log(row)
 
   def _log(self, row: dict[str, Any]) -> None:
@@ -244,6 +246,7 @@ class Loop:
     if self._eval_batches is None:
       return None
     start = time.perf_counter()
+    self._disagreement = self._measure(state)
     total = {"loss_sum": 0.0, "tokens": 0.0}
     for batch in self._eval_batches():
       parts = on_host(self._ts.evaluate(state, self._place(batch)))
@@ -251,6 +254,13 @@ class Loop:
     step, since = self._logged_at
     self._logged_at = (step, since + time.perf_counter() - start)  # tokens_per_s is of training
     return total["loss_sum"] / total["tokens"]
+
+  def _measure(self, state: TrainState) -> dict[str, float]:
+    """How far replicas are apart, of methods that exchange: the others send nothing for it."""
+    levels = () if self._wire is None else self._wire.levels
+    if not any(level.get("replica") for level in levels) or self._ts.disagreement is None:
+      return {}
+    return means({"disagreement": self._ts.disagreement(state)})
 
   def _save(self, step: int, state: TrainState) -> None:
     assert self._checkpoints is not None

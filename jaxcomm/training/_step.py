@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxcomm import _axes
+from jaxcomm.collectives import consensus_distance
 from jaxcomm.training._layout import Layout, TrainState, init_state, make_layout
 from jaxcomm.transforms import apply_updates, exchange_level, just_synced
-from jaxcomm.transforms._local_updates import at_outer_params
+from jaxcomm.transforms._local_updates import at_outer_params, select_outer_params
 from jaxcomm.transforms.healthy_mean import left_out
 
 P = jax.sharding.PartitionSpec
@@ -38,6 +39,9 @@ class TrainStep:
       rows of the batch.
     layout: which leaves differ per replica, and the sharding of each.
     tx: the optax transform.
+    disagreement: `disagreement(state) -> float32[]`: how far the parameters that `evaluate` takes
+      are apart (`consensus_distance`), for the price of a dense mean over `replica`; None where
+      they are equal on all replicas.
   """
 
   init: Callable[[jax.Array], TrainState]
@@ -45,6 +49,7 @@ class TrainStep:
   evaluate: Any
   layout: Layout
   tx: optax.GradientTransformation
+  disagreement: Any = None
 
   @property
   def logical_layout(self) -> Layout:
@@ -167,6 +172,15 @@ def make_train_step(
     tokens = jnp.asarray(aux.get("tokens", 1.0), jnp.float32)
     return {"loss_sum": loss.astype(jnp.float32) * tokens, "tokens": tokens}
 
+  def local_distance(state: TrainState, batch):
+    del batch
+    return consensus_distance(at_outer_params(state.params, state.opt_state), "replica")
+
+  def distance(state):
+    return layout.over_replicas(local_distance, returns_state=False)(state, ())[0]
+
+  evaluated = select_outer_params(layout.varying.params, layout.varying.opt_state)
+
   def step(state, batch):
     state, metrics = layout.over_replicas(local_step)(state, batch)
     found = {"synced": just_synced(state.opt_state), "level": exchange_level(state.opt_state)}
@@ -181,4 +195,5 @@ def make_train_step(
     evaluate=jax.jit(layout.over_replicas(local_eval, returns_state=False)),
     layout=layout,
     tx=tx,
+    disagreement=jax.jit(distance) if any(jax.tree.leaves(evaluated)) else None,
   )

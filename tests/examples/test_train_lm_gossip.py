@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import pytest
 
 from jaxcomm.collectives import random_matching, ring, torus
-from jaxcomm.training import launch, make_train_step
+from jaxcomm.training import launch, make_train_step, read_metrics, step_wire
 
-# flags, and what the state must then be like
+P = 3  # elements of the parameters below
+# flags, what the state must then hold, and the bytes of an exchange of as many replicas
 BUILT = {
-  "noloco": (["--replicas", "3", "--allow-idle", "--batch-size", "12"], "anchor"),
-  "sgp": (["--overlap", "--topology", "ring"], "message"),
-  "ad_psgd": (["--delay", "3"], "pending"),
-  "adagossip": ([], "nu"),
-  "dfedsam": (["--gossip-steps", "2"], "synced"),
+  "noloco": (["--replicas", "3", "--allow-idle", "--batch-size", "12"], "anchor", 4 * P),
+  "sgp": (["--overlap", "--replicas", "8"], "message", 4 * P + 4),
+  "ad_psgd": (["--delay", "3"], "pending", 4 * P),
+  "adagossip": ([], "nu", 2 * 4 * P),
+  "dfedsam": (["--gossip-steps", "3", "--sync-period", "10"], "inner_state", 3 * 2 * 4 * P),
 }
 
 
@@ -33,21 +34,20 @@ def config_of(script):
 
 
 @pytest.mark.parametrize("method", BUILT)
-def test_every_method_is_built_for_its_replicas(config_of, method):
-  """As far as the types of its state: every replica has parameters of its own."""
-  flags, field = BUILT[method]
+def test_every_method_is_built_and_metered(config_of, method):
+  """Every replica has parameters of its own, and what it announces goes to its neighbours."""
+  flags, field, sent = BUILT[method]
   config = config_of("--method", method, *flags)
-  mesh = jax.make_mesh((1,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,),
-                       devices=jax.devices()[:1])  # fmt: skip
+  mesh = jax.make_mesh((config.replicas,), ("replica",), devices=jax.devices()[: config.replicas],
+                       axis_types=(jax.sharding.AxisType.Auto,))  # fmt: skip
   tx = sys.modules["lm_methods"].build_transform(config, None, mesh, None)
-  step = make_train_step(
-    lambda p, b: (jnp.mean((p - b) ** 2), {}), lambda key: jnp.zeros(3), tx, mesh,
-    num_replicas=config.replicas,
-  )  # fmt: skip
+  loss_fn = lambda p, b: (jnp.mean((p[None] - b) ** 2), {})  # noqa: E731
+  step = make_train_step(loss_fn, lambda key: jnp.zeros(P), tx, mesh)
   assert step.layout.varying.params
   assert jax.tree.leaves(getattr(step.layout.shapes.opt_state, field))
-  rounds = method in ("noloco", "dfedsam")
-  assert config.exchange_shares == ((0.95, 0.05) if rounds else (1.0,))
+  wire = step_wire(step, step.compile(jax.ShapeDtypeStruct((24, P), jnp.float32)))
+  period = {"noloco": 20, "dfedsam": 10}.get(method, 1)
+  assert wire.per_step(config.exchange_shares) == {"replica": pytest.approx(sent / period)}
 
 
 def test_topologies(config_of):
@@ -90,21 +90,11 @@ def test_replicas_that_would_drift_apart(fails, tiny_flags):
   assert "`outer_lr` must be below 0.436 with `outer_momentum`=0.9 and 8 replicas, got 0.7" in line
 
 
-def sent(params, method):
-  """Bytes per step of two replicas."""
-  return {"noloco": 4 * params / 2, "dfedsam": 3 * 4 * params / 2, "sgp": 4 * params + 4}[method]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "flags",
-  [["noloco"], ["dfedsam", "--gossip-steps", "3"], ["sgp", "--overlap"]],
-  ids=lambda flags: flags[0],
-)
-def test_trains_sends_and_resumes(train, tiny_flags, tmp_path, flags):
-  """Saved in the middle of a round, and with a message of sgp under way."""
-  flags = [*[f for f in tiny_flags if f not in ("--compressor", "none")], "--method", *flags]
-  flags += ["--sync-period", "2", "--schedule-steps", "6", "--save-every", "3", "--out"]
+def test_trains_on_worst_gradients_and_resumes(train, tiny_flags, tmp_path):
+  """Saved in the middle of a round. The evaluation is of the plain loss."""
+  flags = [*[f for f in tiny_flags if f not in ("--compressor", "none")], "--method", "dfedsam"]
+  flags += ["--sync-period", "2", "--schedule-steps", "6", "--out"]
   train(*flags, tmp_path / "once", "--steps", "6")
   train(*flags, tmp_path / "twice", "--steps", "3")
   train("--resume", "--out", tmp_path / "twice", "--steps", "6")
@@ -113,9 +103,10 @@ def test_trains_sends_and_resumes(train, tiny_flags, tmp_path, flags):
     assert once[name] == twice[name]
   assert once["final_loss"] < 6.0  # log(300) = 5.7 at the start
   assert once["eval_loss"] < once["first_eval_loss"]
-  each = sent(once["params"], flags[flags.index("--method") + 1])
-  assert once["wire_bytes_per_step"] == {"replica": pytest.approx(each)}
-  assert once["wire_bytes_total"] == pytest.approx(6 * each)
+  assert once["wire_bytes_total"] == pytest.approx(3 * 4 * once["params"])
+  at_3, at_6 = (r["disagreement"] for r in read_metrics(tmp_path / "once") if "disagreement" in r)
+  assert at_3 > 1e-5  # in the middle of a round
+  assert at_6 < 1e-6  # two replicas have just taken their mean
 
 
 @pytest.mark.slow

@@ -7,8 +7,19 @@ import optax
 import pytest
 
 import jaxcomm
-from jaxcomm import compressed_mean, int8, local_sgd, pmean_over
-from jaxcomm.training import make_train_step
+from jaxcomm import (
+  co2,
+  compressed_mean,
+  diloco,
+  eager_diloco,
+  int8,
+  local_sgd,
+  pmean_over,
+  sgp,
+  slowmo,
+  streaming_diloco,
+)
+from jaxcomm.training import CheckpointError, Checkpoints, make_train_step
 from jaxcomm.transforms import HealthyMeanState, healthy_mean
 
 REPLICAS, SIZE = 4, 5
@@ -134,13 +145,112 @@ def test_the_mask_may_change_between_steps():
   opt_state = jax.device_put(
     optax.tree.set(state.opt_state, alive=jnp.array(mask)), step.layout.shardings.opt_state
   )
-  state, _ = step.step(state.replace(opt_state=opt_state), batch)
+  state, metrics = step.step(state.replace(opt_state=opt_state), batch)
   assert float(state.params["w"]) == 2.0
+  assert metrics["total_left_out"].tolist() == [2.0] * 4
   assert step.step._cache_size() == 1
   assert (optax.tree.get(state.opt_state, "alive") == mask).all()
 
   by_argument = lambda g: mean.update(g, mean.init(g), alive=mask)[0]  # noqa: E731
   assert jax.vmap(by_argument, axis_name="replica")(jnp.arange(4.0)).tolist() == [2.0] * 4
+
+
+ALL = np.ones(REPLICAS, bool)
+SUM = optax.chain(pmean_over("replica", alive=ALL), optax.sgd(1.0))
+# An outer step that is the mean, after every inner step, which goes to the target at once.
+ROUNDS = {
+  "local_sgd": local_sgd(optax.sgd(1.0), sync_period=1, mean=pmean_over("replica", alive=ALL)),
+  "diloco": diloco(optax.sgd(1.0), SUM, sync_period=1),
+  "slowmo": slowmo(
+    optax.sgd(1.0), sync_period=1, outer_momentum=0.0, mean=pmean_over("replica", alive=ALL)
+  ),
+  "streaming_diloco": streaming_diloco(
+    optax.sgd(1.0), SUM, sync_period=1, fragments=1, alpha=0.0
+  ),
+  "co2": co2(
+    optax.sgd(1.0), sync_period=1, outer_momentum=0.0, gap=1.0,
+    mean=pmean_over("replica", alive=ALL),
+  ),
+}  # fmt: skip
+
+
+def test_a_mask_reaches_the_mean_of_every_method_with_rounds():
+  """As an argument of update; what the dead replica learnt is in no mean."""
+
+  def two_steps(target, alive):
+    def run(tx):
+      p, state = jnp.zeros(2), tx.init(jnp.zeros(2))
+      for _ in range(2):  # co2 is one round late
+        updates, state = tx.update(p - target, state, p, alive=alive)
+        p = jaxcomm.apply_updates(p, updates, state)
+      return p, optax.tree.get(state, "left_out")
+
+    return {name: run(tx) for name, tx in ROUNDS.items()}
+
+  targets = RNG.normal(size=(REPLICAS, 2)).astype(np.float32)
+  got = jax.jit(jax.vmap(two_steps, in_axes=(0, None), axis_name="replica"))(targets, MASK)
+  for name, (params, left_out) in got.items():
+    want = np.broadcast_to(targets[MASK].mean(0), targets.shape)
+    np.testing.assert_allclose(params, want, atol=1e-6, err_msg=name)
+    assert left_out.tolist() == [1] * REPLICAS
+
+
+@pytest.mark.parametrize("method", [diloco, streaming_diloco, eager_diloco])
+def test_rejects_a_mask_that_no_mean_takes(method):
+  tx = method(optax.sgd(1.0), sync_period=4)
+  with pytest.raises(ValueError, match="`alive` needs a mean that can leave replicas out"):
+    jax.vmap(lambda g: tx.update(g, tx.init(g), g, alive=MASK), axis_name="replica")(
+      {k: jnp.ones((REPLICAS, 2)) for k in "abcd"}
+    )
+
+
+def masked_step(tx, replicas=REPLICAS):
+  mesh = jax.make_mesh((1,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:1])  # fmt: skip
+  loss_fn = lambda p, batch: (0.5 * jnp.mean((p["w"][None] - batch["x"][:, None]) ** 2), {})  # noqa: E731
+  init = lambda key: {"w": jnp.zeros(5)}  # noqa: E731
+  return make_train_step(loss_fn, init, tx, mesh, num_replicas=replicas)
+
+
+@pytest.mark.parametrize(
+  "make", [lambda inner: streaming_diloco(inner, sync_period=4, fragments=1), sgp]
+)
+def test_inner_optimizers_may_skip_steps_by_themselves(make):
+  """Types of the two branches: what skips differs per replica, though it began equal."""
+  step = masked_step(make(optax.apply_if_finite(optax.adam(0.1), 3)))
+  assert all(jax.tree.leaves(step.layout.varying.opt_state.inner_state))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_masked_and_of_sharded_runs_with_a_replica_fewer(tmp_path):
+  """In the new run all are alive; parts of an outer state fit the old number only."""
+  batch = {"x": np.arange(12, dtype=np.float32)}
+
+  def masked(replicas):
+    mean = pmean_over("replica", alive=np.ones(replicas, bool))
+    return local_sgd(optax.adam(0.1), sync_period=2, mean=mean)
+
+  def sharded(replicas):  # 5 entries in parts of 2, for four replicas and for three
+    return co2(optax.adam(0.1), sync_period=2, outer_shards=replicas)
+
+  for make in (masked, sharded):
+    step, path = masked_step(make(4)), tmp_path / make.__name__
+    state, _ = step.step(step.init(jax.random.key(0)), batch)
+    if make is masked:
+      state = state.replace(opt_state=optax.tree.set(state.opt_state, alive=jnp.array(MASK)))
+    with Checkpoints(path, step.layout) as checkpoints:
+      checkpoints.save(1, state, {})
+    fewer = masked_step(make(3), 3)
+    with Checkpoints(path, fewer.layout) as checkpoints:
+      if make is sharded:
+        with pytest.raises(CheckpointError, match="every replica keeps its own part of the outer"):
+          checkpoints.restore(replica_change="average_replicas")
+        assert checkpoints.steps == [1]
+        continue
+      restored = checkpoints.restore(replica_change="average_replicas").state
+    assert optax.tree.get(restored.opt_state, "alive").tolist() == [True] * 3
+    restored, metrics = fewer.step(restored, batch)
+    assert metrics["total_left_out"].tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize(
