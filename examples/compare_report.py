@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcomm.training import format_bytes, read_metrics
 
-MODEL = "modelled: steps x step time here + bytes / link speed, no latency, no overlap"
+MODEL = "modelled seconds: steps x step time here\n+ bytes / link speed (no latency, no overlap)"
 _STYLE: dict[Any, Any] = {
   "font.size": 12,
   "axes.spines.top": False,
@@ -122,7 +122,10 @@ def draw(path: pathlib.Path, runs: Sequence[Run], links: Sequence[float], title:
     grid = figure.add_gridspec(len(links), 3)
     by_step = figure.add_subplot(grid[:, 0])
     by_bytes = figure.add_subplot(grid[:, 1], sharey=by_step)
-    by_time = [figure.add_subplot(grid[i, 2], sharey=by_step) for i in range(len(links))]
+    by_time: list[Any] = []
+    for i in range(len(links)):
+      first = by_time[0] if by_time else None
+      by_time.append(figure.add_subplot(grid[i, 2], sharey=by_step, sharex=first, xscale="log"))
     for i, run in enumerate(runs):
       style = {"color": f"C{i}", "marker": "os^vDPX*"[i % 8], "ms": 4, "lw": 1.5}
       by_step.plot(run.steps, run.losses, label=run.name, **style)
@@ -146,16 +149,13 @@ def _against_bytes(axes, run: Run, style: dict[str, Any]) -> None:
 def _label(by_step, by_bytes, by_time, links: Sequence[float]) -> None:
   by_step.set(xlabel="step", ylabel="evaluation loss (nats/token)", title="equal tokens")
   by_bytes.set(
-    xlabel="bytes sent per device (dotted: the end of a run that sends nothing)",
+    xlabel="bytes sent per device\n(dotted: the end of a run that sends nothing)",
     title="bytes sent",
     xscale="log",
   )
   by_bytes.xaxis.set_major_formatter(lambda value, _: format_bytes(value).replace(".00", ""))
-  by_time[0].set_title(MODEL, fontsize=9)
-  low = min(axes.get_xlim()[0] for axes in by_time)
-  high = max(axes.get_xlim()[1] for axes in by_time)
+  by_time[0].set_title("time")
   for axes, mbits in zip(by_time, links):
-    axes.set(xscale="log", xlim=(max(low, high / 1e4), high))
     axes.text(0.98, 0.92, f"{mbits:g} Mbit/s", ha="right", va="top", transform=axes.transAxes)
     axes.tick_params(labelbottom=axes is by_time[-1])
-  by_time[-1].set_xlabel("modelled seconds")
+  by_time[-1].set_xlabel(MODEL)
