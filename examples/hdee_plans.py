@@ -15,7 +15,7 @@ from jaxcomm.training import RunConfig, TrainStep
 from models import hdee, llama
 
 GROUPS = ("easy", "medium", "hard")
-SIZES = dict(zip(GROUPS, "SML"))  # of the regime "sizes"
+SIZES: dict[str, str] = dict(zip(GROUPS, "SML"))  # of the regime "sizes"
 EVERY = "*"  # in place of a domain: all of them
 Group = Literal["easy", "medium", "hard"]
 Regime = Literal["homogeneous", "steps", "sizes", "dense"]
@@ -213,7 +213,8 @@ def scale_by_warmup_cosine() -> optax.GradientTransformation:
 
   def init_fn(params):
     del params
-    return WarmupCosineState(*(jnp.zeros((), jnp.int32) for _ in range(3)), jnp.zeros(()))
+    count, warmup, length = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return WarmupCosineState(count, warmup, length, peak=jnp.zeros(()))
 
   def update_fn(updates, state, params=None):
     del params

@@ -59,6 +59,10 @@ from parallel import make_mesh, mesh_specs
 class Config(PlanConfig):
   """Flags of `train_hdee.py`."""
 
+  free_on_resume = PlanConfig.free_on_resume | {
+    "eval_sequences", "prior_sequences", "regimes", "top_k", "unseen"
+  }  # fmt: skip
+
   unseen: list[str] = dataclasses.field(default_factory=list)
   """domains without an expert, only scored"""
   eval_sequences: int = 128
@@ -98,20 +102,16 @@ class Trainer:
     """Trains `p` from its parent, or reads what an earlier start has trained."""
     config, size = self.config, size_of(p)
     train_step = self.step(size)
-    own = dataclasses.replace(
-      config,
-      out=None if config.out is None else str(pathlib.Path(config.out) / p.name),
-      steps=p.steps,
-      regimes=["homogeneous"],
-      resume=False,
-    )
-    if own.out is not None and config.resume and (pathlib.Path(own.out) / "config.json").exists():
-      own = dataclasses.replace(own, resume=True)
-      if (pathlib.Path(own.out) / "summary.json").exists():
-        self.params[p.name] = restore(own.out, train_step)
+    own = dataclasses.replace(config, steps=p.steps, resume=False)
+    if config.out is not None:
+      path = pathlib.Path(config.out) / p.name
+      resume = config.resume and (path / "config.json").exists()
+      own = dataclasses.replace(own, out=str(path), resume=resume)
+      if resume and (path / "summary.json").exists():
+        self.params[p.name] = restore(path, train_step)
         print(f"{p.name}: trained before.", flush=True)
         return
-    if p.parent in self.params:
+    if p.parent and not config.dry_run:
       train_step = hdee.branch(train_step, self.params[p.parent])
     is_seed = not p.parent
     length = p.steps if is_seed else schedule_length(config, p)

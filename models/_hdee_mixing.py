@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcomm import _axes
 
@@ -114,7 +115,7 @@ def mix_next_token(logp_JBV: jax.Array, log_w_JB: jax.Array, *, logits: bool = F
     raise ValueError(f"`log_w` must have the shape {logp_JBV.shape[:2]}, got {log_w_JB.shape}.")
   if logits:
     logp_JBV = jax.nn.log_softmax(logp_JBV)
-  elif not isinstance(logp_JBV, jax.core.Tracer):
+  elif not isinstance(logp_JBV, Tracer):
     off = float(jnp.abs(jax.nn.logsumexp(logp_JBV, -1)).max())
     if not off < 1e-2:
       raise ValueError(
@@ -229,7 +230,7 @@ def log_prior(prior: Prior, num_experts: int) -> jax.Array:
   """float32[J] logarithms of `prior`; the uniform one for None."""
   if prior is None:
     return jnp.full(num_experts, -np.log(num_experts), jnp.float32)
-  if not isinstance(prior, jax.core.Tracer):
+  if not isinstance(prior, Tracer):
     values = np.asarray(prior, np.float64)
     if values.shape != (num_experts,):
       raise ValueError(

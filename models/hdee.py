@@ -11,7 +11,7 @@ J experts, B batch, S sequence, V vocabulary.
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 Batch = dict[str, Any]
-MIXING = ("posterior", "average", "geometric")
+Mixing = Literal["posterior", "average", "geometric"]
 
 
 class EnsembleLM:
@@ -100,17 +100,18 @@ class EnsembleLM:
     self,
     experts: Sequence[ExpertSpec],
     *,
-    mixing: Literal["posterior", "average", "geometric"] = "posterior",
+    mixing: Mixing = "posterior",
     prior: Prior = None,
     top_k: int | None = None,
   ):
     self.experts = tuple(experts)
     check_experts(self.experts)
-    if mixing not in MIXING:
-      raise ValueError(f"`mixing` must be one of {', '.join(MIXING)}, got {mixing!r}.")
+    if mixing not in get_args(Mixing):
+      raise ValueError(f"`mixing` must be one of {', '.join(get_args(Mixing))}, got {mixing!r}.")
     if mixing != "posterior" and (prior is not None or top_k is not None):
       raise ValueError(f"`prior` and `top_k` have no effect with `mixing` {mixing!r}.")
-    self.mixing, self.top_k = mixing, top_k
+    self.mixing: Mixing = mixing
+    self.top_k = top_k
     self.vocab_size = shared_vocab_size(self.experts)
     self._log_prior_J = log_prior(prior, len(self.experts))
     self.prior = np.exp(np.asarray(self._log_prior_J))

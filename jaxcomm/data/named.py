@@ -41,7 +41,7 @@ def sympy_corpus(cache_dir: CacheDir = None) -> Corpus:
 
 
 def sympy_tests_corpus(cache_dir: CacheDir = None) -> Corpus:
-  """The tests of sympy 1.14.0, 9.5 MB: Python that calls and compares."""
+  """The tests of sympy 1.14.0, 10.0 MB: Python that calls and compares."""
   return part(sympy_corpus(cache_dir), "sympy-tests", lambda d: d.text if is_test(d.name) else "")
 
 
@@ -51,12 +51,12 @@ def sympy_modules_corpus(cache_dir: CacheDir = None) -> Corpus:
 
 
 def sympy_docstrings_corpus(cache_dir: CacheDir = None) -> Corpus:
-  """The docstrings of these modules, 5.7 MB: mathematics in English, with sessions."""
+  """The docstrings of these modules, 5.0 MB: mathematics in English, with sessions."""
   return part(sympy_corpus(cache_dir), "sympy-docstrings", docstrings_of)
 
 
 def scipy_docstrings_corpus(cache_dir: CacheDir = None) -> Corpus:
-  """The docstrings of the installed scipy without its tests: 5.6 MB in version 1.17.1.
+  """The docstrings of the installed scipy without its tests: 5.2 MB in version 1.17.1.
 
   JAX brings scipy in whatever version; that is recorded, and other versions are other texts.
   """
