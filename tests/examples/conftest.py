@@ -73,26 +73,37 @@ def tiny_flags(text):
   ]
 
 
+@pytest.fixture(scope="session")
+def start(script, quick_compile):
+  """Runs the script with flags."""
+
+  def run(*argv):
+    with quick_compile():
+      launch(script.Config, script.main, [str(a) for a in argv])
+
+  return run
+
+
 @pytest.fixture
-def train(script, capsys):
+def train(start, capsys):
   """Runs the script with flags: what it prints."""
 
   def run(*argv):
     capsys.readouterr()
-    launch(script.Config, script.main, [str(a) for a in argv])
+    start(*argv)
     return capsys.readouterr().out
 
   return run
 
 
 @pytest.fixture
-def fails(script, capsys):
+def fails(start, capsys):
   """Runs the script with flags that must fail: exit code and its one line."""
 
   def run(*argv):
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-      launch(script.Config, script.main, [str(a) for a in argv])
+      start(*argv)
     err = capsys.readouterr().err
     assert err.startswith("error: "), err
     assert err.count("\n") == 1, err
@@ -102,10 +113,10 @@ def fails(script, capsys):
 
 
 @pytest.fixture(scope="session")
-def short(script, tiny_flags, tmp_path_factory):
+def short(start, tiny_flags, tmp_path_factory):
   """A finished run of 6 steps, checkpoints at 3 and 6: in the middle of a round of 4."""
   path = tmp_path_factory.mktemp("runs") / "short"
-  launch(script.Config, script.main, [*tiny_flags, "--steps", "6", "--out", str(path)])
+  start(*tiny_flags, "--steps", "6", "--out", path)
   return path
 
 

@@ -37,15 +37,16 @@ def parquet(folder):
   return folder / "columns"
 
 
-def tokenizer(folder):
-  """A Hugging Face file with 306 ids."""
+def tokenizer(folder, num_ids=300):
+  """A Hugging Face file with `num_ids` ids."""
   tk = pytest.importorskip("tokenizers")
   vocab = {w: i for i, w in enumerate(["<eos>", "[UNK]", "alpha", "beta", "gamma", "."])}
   words = tk.Tokenizer(tk.models.WordLevel(vocab, unk_token="[UNK]"))
   words.pre_tokenizer = tk.pre_tokenizers.Whitespace()
-  words.add_tokens([f"extra{i}" for i in range(300)])
-  words.save(str(folder / "tokenizer.json"))
-  return folder / "tokenizer.json"
+  words.add_tokens([f"extra{i}" for i in range(num_ids - 6)])
+  path = folder / f"tokenizer-{num_ids}.json"
+  words.save(str(path))
+  return path
 
 
 def flags_of(kind, folder, monkeypatch):
@@ -66,8 +67,7 @@ def flags_of(kind, folder, monkeypatch):
     sources = ["--data", folder / "a.txt", folder / "b.jsonl", "--data-weights", "0.7", "0.3"]
     return sources, "a.txt+b.jsonl"
   if kind == "tokenizer":
-    own = ["--tokenizer", tokenizer(folder), "--vocab-size", "306"]
-    return ["--data", folder / "a.txt", *own], "a.txt"
+    return ["--data", folder / "a.txt", "--tokenizer", tokenizer(folder)], "a.txt"
   if kind == "parquet":
     return ["--data", parquet(folder), "--text-field", "content"], "columns"
   assert kind == "hf"
@@ -120,7 +120,7 @@ def test_a_mixture_resumes_on_the_batches_it_would_have_had(folder, train, tiny_
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(folder, fails, tiny_flags, tmp_path):
-  flags = ["--data", folder / "a.txt", "--tokenizer", tokenizer(folder)]
+  flags = ["--data", folder / "a.txt", "--tokenizer", tokenizer(folder, num_ids=306)]
   code, line = fails(*tiny_flags, *flags, "--out", tmp_path / "run")
   assert code == 1
   assert "`vocab_size` must be at least the 306 token ids of" in line

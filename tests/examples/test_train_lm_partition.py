@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 
-from jaxcomm.training import Checkpoints, launch, load_config, read_metrics, tree_digest
+from jaxcomm.training import Checkpoints, load_config, read_metrics, tree_digest
 from models import llama
 
 FEW = ["--eval-every", "0", "--save-every", "0"]
@@ -15,11 +15,11 @@ TOPO = ["--partition", "topo", "--levels", "2", "1", "2", "--fsdp", "4"]
 
 
 @pytest.fixture(scope="module")
-def saved(script, tiny_flags, tmp_path_factory):
+def saved(start, tiny_flags, tmp_path_factory):
   """Five steps by three levels, saved in the middle of the second round of four."""
   path = tmp_path_factory.mktemp("runs") / "topo"
   steps = ["--steps", "5", "--schedule-steps", "6"]  # of `short`
-  launch(script.Config, script.main, [*tiny_flags, *FEW, *TOPO, *steps, "--out", str(path)])
+  start(*tiny_flags, *FEW, *TOPO, *steps, "--out", path)
   return path
 
 
