@@ -1,5 +1,6 @@
 """What the collectives share: checks of arguments, and the one buffer that crosses the wire."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -42,7 +43,7 @@ def wire_codec(
   missing. `encode` and `decode` take one as their first argument; `decode` ignores it unless
   `compressor.shared_key`.
   """
-  like = jax.eval_shape(compressor.compress, key, jax.ShapeDtypeStruct(shape, jnp.float32))
+  like = _payload_like(compressor, tuple(shape), key is not None)
 
   def encode(key, x):
     # Without the barrier XLA may compress anew for every use of the message.
@@ -53,6 +54,13 @@ def wire_codec(
     return compressor.decompress(_from_wire(wire, like), shape, key=key)
 
   return encode, decode
+
+
+@functools.lru_cache(maxsize=4096)
+def _payload_like(compressor: Compressor, shape: tuple[int, ...], has_key: bool) -> Payload:
+  """Shapes and dtypes of a payload. Kept: the layout and each program ask for the same ones."""
+  key = jax.eval_shape(lambda: jax.random.key(0)) if has_key else None
+  return jax.eval_shape(compressor.compress, key, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _to_wire(payload: Payload) -> jax.Array:
