@@ -2,8 +2,9 @@
 
 Every run is `examples/train_lm.py` with one process per host of `scripts/netlab`: namespaces with
 shaped links, so it needs root. The model is `mini` (5.0M parameters, float32), with 8 sequences of
-128 tokens per host. The hosts share the cores of this machine: the same steps without any
-communication (`none`) are measured beside the methods, which take turns, --repeats times.
+128 tokens per host. The hosts share the cores of this machine (one thread each where there are no
+more cores than hosts): the same steps without any communication (`none`) are measured beside the
+methods, which take turns, --repeats times.
 
     python scripts/bench_network.py --out runs/network                   # resumes where it stopped
     python scripts/bench_network.py --out runs/network --report docs/evidence
@@ -21,6 +22,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -84,8 +86,11 @@ def train(run: Run, folder: pathlib.Path, *flags: Any) -> tuple[dict, list[dict]
   command += ["--", sys.executable, ROOT / "examples" / "train_lm.py", "--out", out]
   command += ["--preset", "mini", "--replicas", run.hosts, "--batch-size", 8 * run.hosts]
   command += ["--seq-len", 128, "--save-every", 0, *METHODS[run.method].flags, *flags]
+  env = dict(os.environ, JAX_PLATFORMS="cpu")
+  if run.hosts >= (os.cpu_count() or 1):
+    env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
   with (folder / f"{run.name}.log").open("w") as output:
-    done = subprocess.run([str(x) for x in command], stdout=output, stderr=output)
+    done = subprocess.run([str(x) for x in command], env=env, stdout=output, stderr=output)
   if done.returncode:
     text = pathlib.Path(output.name).read_text()
     raise SystemExit(f"error: {run.name} failed:\n{text[-3000:]}")
