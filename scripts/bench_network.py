@@ -41,7 +41,7 @@ class Method:
   """Flags of `train_lm.py`, the steps that are timed, and the steps until a loss is given up."""
 
   flags: tuple[str, ...]
-  log_every: int
+  log_every: int  # reading a loss is a message too
   first: int  # steps before the timed ones
   last: int  # the last timed one
   loss_flags: tuple[str, ...] = ()
@@ -50,10 +50,10 @@ class Method:
 
 METHODS = {
   "none": Method(("--method", "none"), 10, 10, 60),
-  "ddp": Method(("--method", "ddp"), 1, 2, 6),
-  "int8": Method(("--method", "ddp", "--compressor", "int8"), 1, 2, 10),
+  "ddp": Method(("--method", "ddp"), 4, 4, 8),
+  "int8": Method(("--method", "ddp", "--compressor", "int8"), 5, 5, 15),
   "powersgd": Method(
-    ("--method", "powersgd", "--rank", "4", "--exact-steps", "1"), 1, 2, 12, loss_steps=80
+    ("--method", "powersgd", "--rank", "4", "--exact-steps", "1"), 5, 5, 15, loss_steps=80
   ),
   "diloco": Method(("--method", "diloco", *PERIOD), 10, 10, 60, loss_steps=140),
   "streaming_diloco": Method(
