@@ -71,7 +71,7 @@ def llama_expert(
   Example:
     >>> params = llama.init(jax.random.key(0), llama.nano())
     >>> round(llama_expert("law", "law", params, llama.nano(), seq_len=64).flops_per_token)
-    278528
+    279168
   """
   apply_fn, init_cache_fn, decode_fn = _llama_fns(cfg)
   return ExpertSpec(

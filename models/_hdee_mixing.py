@@ -45,7 +45,7 @@ def domain_posterior(
 
   Example:
     >>> logp = jnp.log(jnp.asarray([[[0.5, 0.5, 0.5]], [[0.25, 0.5, 0.5]]]))
-    >>> print(jnp.exp(domain_posterior(logp))[:, 0].round(2))
+    >>> print(np.exp(domain_posterior(logp))[:, 0].round(2))
     [[0.5  0.67 0.67]
      [0.5  0.33 0.33]]
   """
