@@ -32,6 +32,7 @@ from models._llama_config import (
   tiny,
 )
 from models.rope import Llama3RopeScaling
+from parallel.context import ContextParallel
 from parallel.sharding import call_with_auto_axes, gather_fsdp, shard_batch
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
 
 Params = dict[str, Any]
 Partition = Callable[[Callable[..., Any]], Callable[..., Any]]
+Attend = Callable[..., jax.Array]
 
 
 class _Leaf(NamedTuple):
@@ -156,6 +158,7 @@ def apply(
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   partition: Partition | None = None,
+  context: ContextParallel | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Next-token logits.
 
@@ -163,18 +166,22 @@ def apply(
     params: from `init`.
     tokens_BS: int ids in [0, V); host code checks the range, a gather would clamp.
     cfg: the config of `params`.
-    positions: int32[B, S] for RoPE, default 0..S-1. With packing they restart per document.
+    positions: int32[B, S] for RoPE, default places in the sequence (0..S-1 without `context`). With
+      packing they restart per document.
     segment_ids: int32[B, S]; tokens attend only within their own segment. Default one segment.
     partition: makes `f(weights, *args)` a function of shards, for the embedding, each layer and the
       output: `functools.partial(parallel.partitioned, plan=plan)`. `params` are then shards, those
       of layers stacked, and the partition decides what the backward pass computes again.
+    context: says that the sequence is cut over devices, and how attention crosses them. Tokens,
+      positions and segment ids are then in the order of its layout; segment 0 is padding. Manual
+      over its axis they are this device's, and so are the logits.
 
   Returns:
     (float32[B, S, V] logits, aux), aux an empty dict in a dense model.
 
   Raises:
-    ValueError: an argument has the wrong shape or dtype, S exceeds `cfg.max_seq_len`, or
-      `cfg.remat` is not "none" with a `partition`.
+    ValueError: an argument has the wrong shape or dtype, the sequence exceeds `cfg.max_seq_len`,
+      `cfg.remat` is not "none" with a `partition`, or `cfg.attention` is "cudnn" with a `context`.
 
   Example:
     >>> cfg = nano()
@@ -182,38 +189,41 @@ def apply(
     >>> logits.shape
     (2, 8, 512)
   """
-  _check_inputs(tokens_BS, cfg, positions, segment_ids)
+  _check_inputs(tokens_BS, cfg, positions, segment_ids, context)
   if partition is not None and cfg.remat != "none":
     raise ValueError(f"`cfg.remat` must be 'none' with a `partition`, got {cfg.remat!r}.")
-  batch_axes = tuple(jax.typeof(tokens_BS).sharding.spec)[:1]
-  forward = functools.partial(_forward, cfg=cfg, partition=partition or (lambda fn: fn))
+  if context is not None and cfg.attention == "cudnn":
+    raise ValueError("`cfg.attention` must be 'auto' or 'xla' with a `context`, got 'cudnn'.")
+  axes = tuple(jax.typeof(tokens_BS).sharding.spec)[: 1 if context is None else 2]
+  forward = functools.partial(
+    _forward, cfg=cfg, partition=partition or (lambda fn: fn), context=context
+  )
   logits_BSV = call_with_auto_axes(
-    forward, params, tokens_BS, positions, segment_ids, out_spec=jax.P(*batch_axes)
+    forward, params, tokens_BS, positions, segment_ids, out_spec=jax.P(*axes)
   )
   return logits_BSV, {}
 
 
-def _forward(params, tokens_BS, positions, segment_ids, cfg: LlamaConfig, partition: Partition):
-  seq_len = tokens_BS.shape[1]
+def _forward(
+  params, tokens_BS, positions, segment_ids, cfg: LlamaConfig, partition: Partition, context
+):
   if positions is None:
-    positions = jnp.arange(seq_len)[None]
+    places_S = jnp.arange(tokens_BS.shape[1]) if context is None else context.positions(tokens_BS)
+    positions = places_S[None]
   inv_A = rope.frequencies(cfg.head_size, cfg.rope_theta, cfg.rope_scaling)
   cos_sin = rope.angles(positions, inv_A)
-  packed = segment_ids is not None
-  kernel = _attention.choose(cfg.attention, cfg.dtype, cfg.head_size, packed=packed)
-  mask = None if kernel == "cudnn" else _attention.causal_mask(seq_len, segment_ids)
+  attend, visible = _kernel(tokens_BS.shape[1], segment_ids, cfg, context)
 
-  embed, run_layer, output = (
-    partition(functools.partial(fn, cfg=cfg)) for fn in (_embed, _layer, _logits)
-  )
+  embed, output = (partition(functools.partial(fn, cfg=cfg)) for fn in (_embed, _logits))
+  run_layer = partition(functools.partial(_layer, cfg=cfg, attend=attend))
 
   def body(x_BSD, layer):
-    return shard_batch(run_layer(layer, x_BSD, cos_sin, mask)), None
+    return shard_batch(run_layer(layer, x_BSD, cos_sin, visible)), None
 
   if cfg.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICY[cfg.remat], prevent_cse=False)
   x_BSD = embed({"embed_VD": params["embed_VD"]}, tokens_BS)
-  x_BSD = shard_batch(_axes.vary_like(x_BSD, (params, cos_sin, mask)))
+  x_BSD = shard_batch(_axes.vary_like(x_BSD, (params, cos_sin, visible)))
   if cfg.scan_layers:
     x_BSD, _ = jax.lax.scan(body, x_BSD, params["layers"])
   else:
@@ -221,6 +231,16 @@ def _forward(params, tokens_BS, positions, segment_ids, cfg: LlamaConfig, partit
       x_BSD, _ = body(x_BSD, jax.tree.map(lambda p, i=i: p[i], params["layers"]))
   head = "embed_VD" if cfg.tie_embeddings else "head_DV"
   return output({name: params[name] for name in ("final_norm_D", head)}, x_BSD)
+
+
+def _kernel(seq_len, segment_ids, cfg: LlamaConfig, context: ContextParallel | None):
+  """`attend(q, k, v, visible)`, and `visible`: segment ids, a mask, or None, as it takes them."""
+  if context is not None:
+    return context.attention, segment_ids
+  packed = segment_ids is not None
+  if _attention.choose(cfg.attention, cfg.dtype, cfg.head_size, packed=packed) == "cudnn":
+    return lambda q, k, v, _: _attention.cudnn_attention(q, k, v), None
+  return _attention.attention, _attention.causal_mask(seq_len, segment_ids)
 
 
 def _embed(params, tokens_BS, cfg: LlamaConfig):
@@ -233,20 +253,11 @@ _REMAT_POLICY = {
 }
 
 
-def _layer(layer, x_BSD, cos_sin, mask, cfg: LlamaConfig):
+def _layer(layer, x_BSD, cos_sin, visible, cfg: LlamaConfig, attend: Attend):
   layer = jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
-  attn_BSD = _attend(_rms_norm(x_BSD, layer["attn_norm_D"], cfg), layer, cos_sin, mask, cfg)
-  x_BSD = x_BSD + attn_BSD
+  q_BSHC, k_BSKC, v_BSKC = _heads(_rms_norm(x_BSD, layer["attn_norm_D"], cfg), layer, cos_sin, cfg)
+  x_BSD = x_BSD + _merge_heads(attend(q_BSHC, k_BSKC, v_BSKC, visible), layer, cfg)
   return x_BSD + _feed_forward(_rms_norm(x_BSD, layer["mlp_norm_D"], cfg), layer, cfg)
-
-
-def _attend(x_BSD, layer, cos_sin, mask, cfg: LlamaConfig):
-  q_BSHC, k_BSKC, v_BSKC = _heads(x_BSD, layer, cos_sin, cfg)
-  if mask is None:
-    y_BSHC = _attention.cudnn_attention(q_BSHC, k_BSKC, v_BSKC)
-  else:
-    y_BSHC = _attention.attention(q_BSHC, k_BSKC, v_BSKC, mask)
-  return _merge_heads(y_BSHC, layer, cfg)
 
 
 def _heads(x_BSD, layer, cos_sin, cfg: LlamaConfig):
@@ -298,6 +309,7 @@ def loss(
   *,
   z_loss: float = 0.0,
   partition: Partition | None = None,
+  context: ContextParallel | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Masked mean next-token cross-entropy, nats, float32.
 
@@ -308,6 +320,9 @@ def loss(
     cfg: the config of `params`.
     z_loss: weight of the squared log-partition.
     partition: as in `apply`.
+    context: as in `apply`, `batch` in the order of its layout. Manual over its axis, where
+      `jax.shard_map` must check types (`check_vma`), the results are those of the whole sequence,
+      equal on all devices, and so are gradients of parameters that are equal.
 
   Returns:
     (objective, aux): aux has `loss` (cross-entropy alone) and `tokens` (sum of the mask).
@@ -334,23 +349,35 @@ def loss(
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
     partition=partition,
+    context=context,
   )
   value, loss_aux = losses.cross_entropy(
     logits_BSV, batch["targets"], batch.get("loss_mask"), z_loss=z_loss
   )
+  if context is not None:
+    value, loss_aux = _over_shards(value, loss_aux, batch["tokens"], context)
   return value, aux | loss_aux
+
+
+def _over_shards(value, aux, tokens_BS, context: ContextParallel):
+  """Means over the tokens of all devices, from the means over the tokens of each."""
+  count = context.psum(aux["tokens"], tokens_BS)
+  share = aux["tokens"] / jnp.where(count > 0, count, 1.0)
+  value, means = context.psum(jax.tree.map(lambda x: x * share, (value, aux)), tokens_BS)
+  return value, means | {"tokens": count}
 
 
 _REQUIRED = frozenset(("tokens", "targets"))
 _OPTIONAL = frozenset(("segment_ids", "positions", "loss_mask"))
 
 
-def _check_inputs(tokens, cfg, positions, segment_ids):
+def _check_inputs(tokens, cfg, positions, segment_ids, context):
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(f"`tokens` must be integers [B, S], got {tokens.dtype}{list(tokens.shape)}.")
-  if tokens.shape[1] > cfg.max_seq_len:
+  seq_len = tokens.shape[1] if context is None else context.num_tokens(tokens)
+  if seq_len > cfg.max_seq_len:
     raise ValueError(
-      f"`tokens` must not be longer than `max_seq_len` = {cfg.max_seq_len}, got {tokens.shape[1]}."
+      f"`tokens` must not be longer than `max_seq_len` = {cfg.max_seq_len}, got {seq_len}."
     )
   for name, value in (("positions", positions), ("segment_ids", segment_ids)):
     if value is not None and value.shape != tokens.shape:

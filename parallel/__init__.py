@@ -1,5 +1,6 @@
 """Device meshes, sharding rules, and what each device keeps of the training state."""
 
+from parallel._blockwise import merge_partials
 from parallel._zero_costs import memory_per_device, traffic_per_step
 from parallel._zero_optimizer import clip_by_global_norm
 from parallel._zero_plan import PartitionPlan
@@ -10,7 +11,18 @@ from parallel._zero_shards import (
   reduce_scatter_grads,
   shard_params,
 )
+from parallel.allgather_attention import allgather_attention
+from parallel.context import ContextParallel
+from parallel.decode_attention import decode_attention
 from parallel.mesh import AXES, make_mesh
+from parallel.ring_attention import ring_attention, ring_attention_bytes
+from parallel.sequence_layout import (
+  Layout,
+  causal_balance,
+  causal_work,
+  context_permutation,
+  shard_tokens,
+)
 from parallel.sharding import (
   DEFAULT_RULES,
   Rules,
@@ -21,30 +33,44 @@ from parallel.sharding import (
   named_shardings,
   shard_batch,
 )
+from parallel.ulysses import ulysses_attention, ulysses_attention_bytes
 from parallel.zero import ZeroStep, flat_specs, make_zero_step, shard_state
 
 __all__ = [
   "AXES",
   "DEFAULT_RULES",
+  "ContextParallel",
+  "Layout",
   "PartitionPlan",
   "Rules",
   "Shard",
   "ZeroStep",
+  "allgather_attention",
   "batch_spec",
   "call_with_auto_axes",
+  "causal_balance",
+  "causal_work",
   "clip_by_global_norm",
+  "context_permutation",
+  "decode_attention",
   "flat_specs",
   "gather_fsdp",
   "gather_params",
   "make_mesh",
   "make_zero_step",
   "memory_per_device",
+  "merge_partials",
   "mesh_specs",
   "named_shardings",
   "partitioned",
   "reduce_scatter_grads",
+  "ring_attention",
+  "ring_attention_bytes",
   "shard_batch",
   "shard_params",
   "shard_state",
+  "shard_tokens",
   "traffic_per_step",
+  "ulysses_attention",
+  "ulysses_attention_bytes",
 ]
