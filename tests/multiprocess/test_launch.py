@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.multiprocess import launch
 from tests.multiprocess.launch import Job, JobError, namespace_missing
 
 
@@ -28,7 +29,8 @@ def test_returns_what_each_process_printed(tmp_path):
     assert job.wait(timeout=60) == ["a\n", "b\n"]
 
 
-def test_a_failure_ends_the_others_and_shows_every_output(tmp_path):
+def test_a_failure_ends_the_others_and_shows_every_output(tmp_path, monkeypatch):
+  monkeypatch.setattr(launch, "_GRACE", 0.5)  # the other one would not end by itself
   sleeper = "import time; print('sleeping', flush=True); time.sleep(600)"
   failing = "import time; time.sleep(0.5); raise SystemExit('boom')"
   start = time.monotonic()

@@ -22,6 +22,7 @@ from jaxcomm.training import (
   tree_digest,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 WIRE = StepWire(
   levels=({"fsdp": 10.0}, {"fsdp": 10.0, "replica": 300.0}), dense=1000.0, logical=False
 )

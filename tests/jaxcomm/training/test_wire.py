@@ -24,7 +24,10 @@ BATCH = {"x": np.ones((16, 32), np.float32)}
 
 
 def init_params(key):
-  return {k: jax.random.normal(key, shape) for k, shape in SHAPES.items()}
+  """Numbers without a generator, which would take longest to compile."""
+  del key
+  rng = np.random.default_rng(0)
+  return {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()}
 
 
 def loss_fn(params, batch):
@@ -62,6 +65,27 @@ def dense_bytes(shapes):
 
 def local_shapes(fsdp):
   return {k: (s[0] // (fsdp if SPECS[k] == P("fsdp") else 1), *s[1:]) for k, s in SHAPES.items()}
+
+
+STACKED = {
+  "ddp": ddp(),
+  "ddp_int8": ddp(compressed_mean("replica", int8())),
+  "diloco": diloco(optax.adam(1e-3), sync_period=PERIOD),
+  "diloco_int4": diloco_int4(),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+  """`compiled(method, stacked)`: a step, its program, and what that sends."""
+
+  @functools.cache
+  def make(method, stacked):
+    ts = make_step(STACKED[method], stacked=stacked)
+    program = ts.compile(BATCH)
+    return ts, program, step_wire(ts, program)
+
+  return make
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +168,9 @@ def test_exactly_one_mean_per_sync(tx):
   assert report.conditional == dense_bytes(SHAPES)
 
 
-def test_diloco_sends_a_hundredth_of_data_parallelism():
-  ts = make_step(diloco_int4())
-  compiled = ts.compile(BATCH)
-  wire = step_wire(ts, compiled)
-  base = make_step(ddp())
-  dense = step_wire(base, base.compile(BATCH))
+def test_diloco_sends_a_hundredth_of_data_parallelism(compiled):
+  ts, program, wire = compiled("diloco_int4", False)
+  dense = compiled("ddp", False)[2]
   assert dense.levels == ({"replica": dense_bytes(SHAPES)},)
   assert dense.dense == wire.dense == dense_bytes(SHAPES)
   assert not wire.logical
@@ -158,7 +179,7 @@ def test_diloco_sends_a_hundredth_of_data_parallelism():
   state, sent = ts.init(jax.random.key(0)), 0.0
   batch = jax.device_put(BATCH, ts.batch_sharding)
   for _ in range(PERIOD):
-    state, metrics = compiled(state, batch)
+    state, metrics = program(state, batch)
     sent += wire.sent(int(metrics["level"]))
   assert sent == sum(compressed_pmean_bytes(s, REPLICAS, int4()) for s in SHAPES.values())
   assert sent / PERIOD <= dense.sent(0) / 100
@@ -166,23 +187,11 @@ def test_diloco_sends_a_hundredth_of_data_parallelism():
   np.testing.assert_allclose(wire.per_step(shares)["replica"], sent / PERIOD)
 
 
-STACKED = {
-  "ddp": ddp(),
-  "ddp_int8": ddp(MEANS["int8"][0]),
-  "diloco": diloco(optax.adam(1e-3), sync_period=PERIOD),
-  "diloco_int4": diloco_int4(),
-}
-
-
 @pytest.mark.parametrize(
   "method", [m if m == "diloco_int4" else pytest.param(m, marks=pytest.mark.slow) for m in STACKED]
 )
-def test_stacked_replicas_report_the_bytes_of_real_ones(method):
-  wires = []
-  for stacked in (True, False):
-    ts = make_step(STACKED[method], stacked=stacked)
-    wires.append(step_wire(ts, ts.compile(BATCH)))
-  logical, real = wires
+def test_stacked_replicas_report_the_bytes_of_real_ones(compiled, method):
+  logical, real = (compiled(method, stacked)[2] for stacked in (True, False))
   assert (logical.logical, real.logical) == (True, False)
   assert logical.levels == real.levels
   assert logical.dense == real.dense > 0
