@@ -124,7 +124,7 @@ def decoupled_diloco(
       def branch(updates, *args):
         local = optax.apply_updates(parts.take(params, p), parts.take(updates, p))
         anchor, outer_states = outer_step(
-          outer, parts, p, local, *args, axis_name=axis_name, weight=weight
+          outer, parts, p, local, *args, axis_name=axis_name, weight=weight, extra_args=extra_args
         )
         taken = (parts.take(tree, p) for tree in (anchor, params, updates))
         back = jax.tree.map(lambda a, p, u: (a - p).astype(u.dtype), *taken)

@@ -166,7 +166,8 @@ def test_resumes_bit_for_bit_at_every_step(method, context):
   params = saved[-1].params["w"]
   assert params.shape == (REPLICAS, 16)
   assert (params != PARAMS["w"][None]).all()
-  assert len(np.unique(params, axis=0)) == (REPLICAS if method in GOSSIP or STEPS % 3 else 1)
+  if method in GOSSIP:
+    assert len(np.unique(params, axis=0)) == REPLICAS  # none ever holds the mean
 
 
 @pytest.mark.slow
