@@ -18,7 +18,7 @@ from parallel.decode_attention import decode_attention
 from parallel.ring_attention import ring_attention, ring_attention_bytes
 from parallel.ulysses import ulysses_attention, ulysses_attention_bytes
 
-B, N, C = 2, 64, 8
+B, N, C = 3, 48, 8
 EVERY = pytest.mark.parametrize(
   "attend", [ring_attention, ulysses_attention, allgather_attention], ids=lambda f: f.__name__
 )
@@ -47,9 +47,9 @@ def inputs(heads, kv_heads, *, seq_len=N, packed=False, dtype=np.float32, batch=
   rng = np.random.default_rng(0)
   shapes = [(batch, seq_len, h, C) for h in (heads, kv_heads, kv_heads, heads)]
   arrays = [rng.normal(size=shape).astype(dtype) for shape in shapes]
-  if packed:  # the first sequence ends, the second begins with padding
+  if packed:  # one sequence begins with padding, one ends with it, one is nothing else
     ids = np.sort(rng.integers(0, 4, (batch, seq_len)), axis=1).astype(np.int32)
-    arrays.append(np.concatenate((ids[:1, ::-1], ids[1:])))
+    arrays.append(np.concatenate((ids[:1], ids[1:2, ::-1], 0 * ids[2:])))
   return arrays
 
 
@@ -99,6 +99,8 @@ class Case:
     want = dense(*arrays, causal=self.causal)
     for g, w, atol in zip(got, want, (1e-5, 1e-4, 1e-4, 1e-4)):
       np.testing.assert_allclose(np.asarray(g)[:, inverse], w, rtol=0, atol=atol)
+      if len(arrays) == 5:  # packed
+        np.testing.assert_array_equal(g[2], 0.0)
     return compiled
 
 
@@ -116,21 +118,19 @@ def shape_of(k, case):
 
 
 @pytest.mark.parametrize(
-  ("case", "heads"),
+  "case",
   [
-    (Case(ring_attention, 4, "zigzag", block_size=4), (4, 2)),
-    (Case(ring_attention, 3, "striped", granularity=2, kind=AxisType.Explicit), (2, 2)),
-    (Case(ring_attention, 1, "contiguous", block_size=16), (4, 1)),
+    Case(ring_attention, 4, "zigzag", block_size=3),
+    Case(ring_attention, 3, "striped", granularity=2, kind=AxisType.Explicit),
+    pytest.param(Case(ring_attention, 1, "contiguous", block_size=16), marks=pytest.mark.slow),
   ],
-  ids=str,
+  ids=lambda case: case.layout,
 )
-def test_ring_is_dense_attention_in_its_bytes(case, heads):
-  arrays = inputs(*heads, seq_len=48, packed=True)
+def test_ring_is_dense_attention_in_its_bytes(case):
+  arrays = inputs(4, 2, packed=True)
   report = sent(case.check(*arrays), case)
-  want = [
-    ring_attention_bytes(shape_of(arrays[1], case), case.size, backward=b, packed=True)
-    for b in (False, True)
-  ]
+  shape = shape_of(arrays[1], case)
+  want = [ring_attention_bytes(shape, case.size, backward=b, packed=True) for b in (False, True)]
   assert report.total == sum(want)
   assert set(report.by_kind) <= {"collective-permute"}
   hops = sum(op.times for op in report.ops if op.dtype == "f32")
@@ -139,7 +139,7 @@ def test_ring_is_dense_attention_in_its_bytes(case, heads):
 
 @pytest.mark.parametrize(
   "case",
-  [Case(ulysses_attention, 2, "zigzag", block_size=8), Case(allgather_attention, 2, "striped")],
+  [Case(ulysses_attention, 2, "zigzag", block_size=6), Case(allgather_attention, 2, "striped")],
   ids=lambda case: case.attend.__name__,
 )
 def test_ulysses_and_all_gather_are_dense_attention_in_their_bytes(case):
@@ -155,13 +155,14 @@ def test_ulysses_and_all_gather_are_dense_attention_in_their_bytes(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize(
   ("layout", "heads"), [("contiguous", (8, 8)), ("zigzag", (8, 1)), ("striped", (8, 4))]
 )
-def test_ring_on_all_devices(size, layout, heads):
-  case = Case(ring_attention, size, layout, causal=(size, layout) != (4, "striped"))
-  report = sent(case.check(*(arrays := inputs(*heads))), case)
+def test_ring_without_segments(size, layout, heads):
+  case = Case(ring_attention, size, layout, causal=layout != "striped" or size == 8)
+  arrays = inputs(*heads)
+  report = sent(case.check(*arrays), case)
   shape = shape_of(arrays[1], case)
   want = [ring_attention_bytes(shape, size, backward=b) for b in (False, True)]
   # One program for both passes: with a single hop XLA:CPU keeps what was received.
@@ -171,18 +172,18 @@ def test_ring_on_all_devices(size, layout, heads):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [
   Case(ulysses_attention, 8, "contiguous"),
-  Case(ulysses_attention, 4, "striped", causal=False, kind=AxisType.Explicit),
-  Case(allgather_attention, 8, "zigzag"),
+  Case(allgather_attention, 8, "zigzag", kind=AxisType.Explicit),
   Case(ring_attention, 4, "zigzag", kind=AxisType.Explicit, check_vma=False),
-], ids=str)  # fmt: skip
+], ids=lambda case: case.attend.__name__)  # fmt: skip
 def test_more_ways(case):
-  case.check(*inputs(8, 8, packed=case.causal))
+  case.check(*inputs(8, 8, packed=True))
 
 
 @pytest.mark.slow
 @EVERY
-def test_4096_tokens_on_8_devices(attend):
-  Case(attend, 8, "zigzag", block_size=128).check(*inputs(8, 8, seq_len=4096, batch=1))
+def test_4096_tokens(attend):
+  size = 2 if attend is ulysses_attention else 8
+  Case(attend, size, "zigzag", block_size=128).check(*inputs(2, 2, seq_len=4096, batch=1))
 
 
 @pytest.mark.slow
@@ -237,16 +238,6 @@ def test_large_and_shifted_scores():
   np.testing.assert_allclose(huge[0], dense(100 * q, 100 * k, v, weight)[0], rtol=0, atol=1e-5)
 
 
-def test_sequences_of_padding_alone():
-  case = Case(ring_attention, 2, "contiguous")
-  arrays = [*inputs(2, 2)[:4], np.zeros((B, N), np.int32)]
-  out = case.compile(*arrays)(
-    *jax.device_put(arrays, jax.NamedSharding(case.mesh, jax.P(None, "seq")))
-  )
-  for x in out:
-    np.testing.assert_array_equal(x, 0.0)
-
-
 # Merging.
 
 PARTIAL = st.tuples(st.floats(-5, 5, width=32), st.floats(-50, 50, width=32) | st.just(-np.inf))
@@ -273,6 +264,7 @@ def test_merging_is_a_commutative_monoid(a, b, c):
   assert kept == (a if a[1] > -np.inf else empty)
 
 
+@pytest.mark.slow
 def test_two_blocks_of_a_library_kernel_have_no_derivative_but_ours_has():
   """`jax.nn.dot_product_attention` returns a log-sum-exp whose gradient is silently zero.
 
@@ -318,9 +310,9 @@ def test_memory_follows_the_tokens_of_a_device():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_decoding_is_the_last_row_of_dense_attention(kind):
-  q, k, v, weight = inputs(4, 2, seq_len=16)
+  q, k, v, weight = inputs(4, 2)
   mesh = jax.make_mesh((2,), ("seq",), (kind,), devices=jax.devices()[:2])
-  valid = np.ones((B, 16), bool)
+  valid = np.ones((B, N), bool)
   valid[1] = False  # no cache at all
 
   def local(q, k, v, valid):
@@ -330,7 +322,7 @@ def test_decoding_is_the_last_row_of_dense_attention(kind):
   program = jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), cut, cut, cut), out_specs=jax.P())
   arrays = jax.device_put((k, v, valid), jax.NamedSharding(mesh, cut))
   got = jax.jit(program)(jax.device_put(q[:, -1:], jax.NamedSharding(mesh, jax.P())), *arrays)
-  want = dense(q, k, v, weight)[0]
+  want = dense(q, k, v, weight, valid.astype(np.int32))[0]
   np.testing.assert_allclose(got[0], want[0, -1:], rtol=0, atol=1e-5)
   np.testing.assert_array_equal(got[1], 0.0)
 
@@ -345,7 +337,7 @@ def test_decoding_is_the_last_row_of_dense_attention(kind):
     ({"k": jnp.zeros((B, 16, 2, C))}, "`k` must be .B, S, K, C. with B, S, C"),
     ({"v": jnp.zeros((B, 8, 2, C), jnp.bfloat16)}, "`v` must be .* got bfloat16"),
     ({"k": jnp.zeros((B, 8, 3, C)), "v": jnp.zeros((B, 8, 3, C))}, "divides the 2 of `q`, got 3"),
-    ({"segment_ids": jnp.zeros((B, 4), int)}, "`segment_ids` must be integers .2, 8."),
+    ({"segment_ids": jnp.zeros((B, 4), int)}, "`segment_ids` must be integers .3, 8."),
     ({"layout": "ring"}, "`layout` must be one of"),
     ({"layout": "striped", "granularity": 3}, "`seq_len` must be a positive multiple of 6"),
     ({"block_size": 3}, "`block_size` must divide the 4 neighbouring tokens"),
