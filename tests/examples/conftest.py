@@ -11,6 +11,8 @@ import jax
 import pytest
 
 from jaxcomm.training import launch
+from models import llama
+from tests.examples import small_lm
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"
 # Flags that the training step does not depend on.
@@ -20,13 +22,13 @@ FREE = (
 )  # fmt: skip
 
 
-def once(build_step):
-  """`build_step` that makes each step once: runs that ask for the same one compile nothing."""
-  made = {}
+def once(module):
+  """Its `build_step`, but each step is made once: runs that ask for the same compile nothing."""
+  build_step, made = module.build_step, {}
 
   def build(config, model, devices):
     flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    key = repr((flags, model, devices))
+    key = repr((flags, module.llama, model, devices))
     if key not in made:
       made[key] = build_step(config, model, devices)
     return made[key]
@@ -36,6 +38,7 @@ def once(build_step):
 
 @pytest.fixture(scope="session")
 def script():
+  """The script, which trains `small_lm`."""
   assert len(jax.devices()) == 8  # started here, so that the script does not choose their number
   sys.path.insert(0, str(SCRIPT.parent))  # as for a script
   spec = importlib.util.spec_from_file_location("train_lm", SCRIPT)
@@ -44,10 +47,19 @@ def script():
   module = importlib.util.module_from_spec(spec)
   sys.modules["train_lm"] = module
   spec.loader.exec_module(module)
-  module.build_step = once(module.build_step)
+  module.build_step = once(module)
+  module.llama = small_lm
   yield module
   del sys.modules["train_lm"]
   sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def with_llama(script):
+  """For a file about the script's own model."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(script, "llama", llama)
+    yield
 
 
 @pytest.fixture(scope="session")

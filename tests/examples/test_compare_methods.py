@@ -13,6 +13,7 @@ import pytest
 from jaxcomm.training import launch, load_config, read_metrics
 
 METHODS = ["--methods", "ddp", "diloco --sync-period 2"]
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.fixture(scope="module")

@@ -193,7 +193,7 @@ def test_dry_run(train, script, tiny_flags, tmp_path, monkeypatch, argv, axes):
   monkeypatch.setattr(training_run, "_train", no_training)
   out = train(*tiny_flags, "--steps", "6", "--dry-run", "--out", tmp_path / "run", *argv)
   assert not (tmp_path / "run").exists()
-  assert re.search(r"memory per device: \d+\.\d\d MB \(state and batch \d", out)
+  assert re.search(r"memory per device: \d+\.\d\d [kM]B \(state and batch \d", out)
   found = re.findall(r"^  (\w+) +(\d+(?:\.\d\d)? k?M?B)$", out, re.MULTILINE)
   assert {axis for axis, _ in found} == axes
   speed = r"below [\d,]+\.\d Mbit/s per device" if "ddp" not in argv else "at no link speed"
