@@ -108,6 +108,11 @@ def build_gossip(
   )
 
 
+def num_gradients(config: "MethodConfig") -> int:
+  """Gradients per step of a replica: a sharpness-aware one costs two."""
+  return 2 if config.method == "dfedsam" and config.sam_rho else 1
+
+
 def training_loss(config: "MethodConfig", loss: Callable[..., Any]) -> Callable[..., Any]:
   """`loss`, or for dfedsam one with its value and the sharpness-aware gradient."""
   if config.method != "dfedsam":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from lm_gossip import training_loss
+from lm_gossip import num_gradients, training_loss
 from lm_methods import ROUNDS, build_transform
 from lm_partition import PartitionConfig, make_partitioned_step
 
@@ -195,7 +195,9 @@ def main(config: Config) -> None:
       eval_batches=lambda: evaluation,
       batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
       tokens_per_step=math.prod(rows),
-      flops_per_step=math.prod(rows) * llama.flops_per_token(model, config.seq_len),
+      flops_per_step=num_gradients(config)
+      * math.prod(rows)
+      * llama.flops_per_token(model, config.seq_len),
       exchange_shares=config.exchange_shares,
       data=data.provenance(corpora),
       title=f"train_lm: {config.preset} {config.model}, {config.method}"

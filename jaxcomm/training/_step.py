@@ -39,9 +39,9 @@ class TrainStep:
       rows of the batch.
     layout: which leaves differ per replica, and the sharding of each.
     tx: the optax transform.
-    disagreement: `disagreement(state) -> float32[]`: how far the parameters that `evaluate` takes
-      are apart (`consensus_distance`), for the price of a dense mean over `replica`; None where
-      they are equal on all replicas.
+    disagreement: `disagreement(state) -> float32[R]`, all equal: how far the parameters that
+      `evaluate` takes are apart (`consensus_distance`), for the price of a dense mean over
+      `replica`; None where they are equal on all replicas.
   """
 
   init: Callable[[jax.Array], TrainState]
@@ -177,7 +177,7 @@ def make_train_step(
     return consensus_distance(at_outer_params(state.params, state.opt_state), "replica")
 
   def distance(state):
-    return layout.over_replicas(local_distance, returns_state=False)(state, ())[0]
+    return layout.over_replicas(local_distance, returns_state=False)(state, ())
 
   evaluated = select_outer_params(layout.varying.params, layout.varying.opt_state)
 
