@@ -163,17 +163,17 @@ def plan(config: PlanConfig, regime: Regime) -> list[hdee.Plan]:
         parent=seed_name(config, "M"),
       )
     ]
-  size_of = SIZES if regime == "sizes" else dict.fromkeys(GROUPS, "M")
+  letters: dict[str, str] = SIZES if regime == "sizes" else dict.fromkeys(SIZES, "M")
   plans = hdee.equal_budget(
     dict(zip(map(domain_name, config.domains), config.groups)),
     total_flops=total,
-    flops_per_step={g: flops_per_step(config, models[size_of[g]]) for g in set(config.groups)},
+    flops_per_step={g: flops_per_step(config, models[letters[g]]) for g in set(config.groups)},
     step_ratio=dict(zip(GROUPS, config.step_ratios)) if regime == "steps" else None,
   )
   latest: dict[str, str] = {}
   named = []
   for p in plans:
-    size = size_of[p.group]
+    size = letters[p.group]
     name = f"{p.domain}-{size}-{p.steps}"
     named.append(
       dataclasses.replace(p, name=name, parent=latest.get(p.group, seed_name(config, size)))
