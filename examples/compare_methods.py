@@ -15,8 +15,7 @@ left out, and nothing is granted for overlap, which would hide part of b. Where 
 cores of one machine, t is the time of all of them together.
 
 The default (1.0M parameters, 4 replicas, 120 steps of four methods) takes about two minutes on two
-cores. `ddp` ends with the lowest loss, `none`, which never exchanges, with the highest; over 10
-Mbit/s `ddp` is the last to end.
+cores. Over 10 Mbit/s a step of `ddp` then needs 4.7 s for its 5.86 MB, one of `diloco` 0.03 s.
 """
 
 import contextlib
