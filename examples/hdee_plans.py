@@ -54,9 +54,9 @@ class PlanConfig(RunConfig):
   """steps of an expert in the homogeneous regime; sets the compute of all"""
   seed_steps: int = 100
   """steps of the seed model of each size, on all domains"""
-  step_ratios: tuple[float, float, float] = (0.75, 1.0, 1.25)
+  step_ratios: list[float] = dataclasses.field(default_factory=lambda: [0.75, 1.0, 1.25])
   """steps of easy, medium and hard experts relative to each other, in the regime steps"""
-  size_ratios: tuple[float, float, float] = (0.8, 1.0, 1.2)
+  size_ratios: list[float] = dataclasses.field(default_factory=lambda: [0.8, 1.0, 1.2])
   """FLOPs per token of easy, medium and hard experts relative to the preset, in the regime sizes"""
   branch_from: Literal["seed", "group"] = "seed"
   """parent of an expert: the seed model, or the expert before it in its group, if any"""
@@ -85,8 +85,9 @@ class PlanConfig(RunConfig):
       if getattr(self, name) < 1:
         raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
     for name in ("step_ratios", "size_ratios"):
-      if not all(0 < r < math.inf for r in getattr(self, name)):
-        raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+      ratios = getattr(self, name)
+      if len(ratios) != len(GROUPS) or not all(0 < r < math.inf for r in ratios):
+        raise ValueError(f"`{name}` must be a positive number for each of {GROUPS}, got {ratios}.")
     for name in ("seed_lr", "lr"):
       if not 0 < getattr(self, name) < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
