@@ -34,6 +34,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAUSE, QUIET = 0.3, 50e3  # seconds below so many bytes per second end a burst
 PERIOD = ("--sync-period", "50")
+WARMUP = ("--warmup", "20")  # of the runs for losses
+AVERAGE = ("--outer-lr", "1.0", "--outer-momentum", "0.0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Method:
   log_every: int  # reading a loss is a message too
   first: int  # steps before the timed ones
   last: int  # the last timed one
-  loss_flags: tuple[str, ...] = ()
+  loss_flags: tuple[str, ...] = ()  # in a few rounds momentum only overshoots: plain means
   loss_steps: int = 60
 
 
@@ -55,9 +57,9 @@ METHODS = {
   "powersgd": Method(
     ("--method", "powersgd", "--rank", "4", "--exact-steps", "1"), 5, 5, 15, loss_steps=80
   ),
-  "diloco": Method(("--method", "diloco", *PERIOD), 10, 10, 60, loss_steps=140),
+  "diloco": Method(("--method", "diloco", *PERIOD), 10, 10, 60, AVERAGE, 150),
   "streaming_diloco": Method(
-    ("--method", "streaming_diloco", "--fragments", "5", *PERIOD), 10, 10, 60, loss_steps=140
+    ("--method", "streaming_diloco", "--fragments", "5", *PERIOD), 10, 10, 60, AVERAGE, 150
   ),
 }
 
@@ -123,7 +125,7 @@ def measure_speed(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 def measure_loss(run: Run, folder: pathlib.Path) -> dict[str, Any]:
   """The curve of evaluation losses, every 10 steps."""
   method = METHODS[run.method]
-  flags = ("--steps", method.loss_steps, "--log-every", 10, "--eval-every", 10)
+  flags = ("--steps", method.loss_steps, "--log-every", 10, "--eval-every", 10, *WARMUP)
   summary, metrics, _ = train(run, folder, *flags, *method.loss_flags)
   curve = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
   return {"curve": curve, "git_commit": summary["git_commit"]}
