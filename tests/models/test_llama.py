@@ -132,7 +132,7 @@ def test_param_dtype():
 # ---- numerics
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_initial_loss_is_that_of_a_uniform_guess(tied):
   cfg = dataclasses.replace(CFG, tie_embeddings=tied)
   value, _ = loss_of(make_params(cfg), make_batch(cfg, (8, 64)), cfg)
