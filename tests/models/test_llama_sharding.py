@@ -11,18 +11,31 @@ from jax.sharding import AxisType
 from jaxcomm import _axes
 from models import llama
 from parallel import batch_spec, make_mesh, mesh_specs, named_shardings
+from tests.models.llama_params import llama_params
 
 CFG = dataclasses.replace(
   llama.nano(), vocab_size=96, num_layers=2, intermediate_size=96, scan_layers=True
 )
 TYPES = pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+def types_and(name, fast):
+  """Both types of axes by False and True for `name`; the pair `fast` is in the fast suite."""
+  pairs = [(t, x) for t in (AxisType.Auto, AxisType.Explicit) for x in (False, True)]
+  params = [
+    pytest.param(*pair, marks=() if pair == fast else pytest.mark.slow, id=f"{pair[0]}-{pair[1]}")
+    for pair in pairs
+  ]
+  return pytest.mark.parametrize(("axis_types", name), params)
+
+
 COLLECTIVE = re.compile(
   r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 
 
 def make_params():
-  return jax.jit(llama.init, static_argnums=1)(jax.random.key(0), CFG)
+  return llama_params(CFG)
 
 
 def make_batch(rows=8):
@@ -64,7 +77,8 @@ def test_sharded_init_draws_the_same_numbers(axis_types):
   shardings = on_mesh(mesh)[2]
   init = jax.jit(llama.init, static_argnums=1, out_shardings=shardings)
   params = init(jax.random.key(0), CFG)
-  jax.tree.map(np.testing.assert_array_equal, params, make_params())
+  want = jax.jit(llama.init, static_argnums=1)(jax.random.key(0), CFG)
+  jax.tree.map(np.testing.assert_array_equal, params, want)
   assert params["layers"]["q_DHC"].sharding.spec == jax.P(None, "fsdp")
   assert params["layers"]["attn_norm_D"].sharding.is_fully_replicated
   local = params["layers"]["gate_DF"].addressable_shards[0].data
@@ -72,15 +86,12 @@ def test_sharded_init_draws_the_same_numbers(axis_types):
   assert jax.tree.map(lambda p: p.sharding, params) == shardings
 
 
-@TYPES
-@pytest.mark.parametrize(
-  "context", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "set_mesh"]
-)
-def test_fsdp_equals_one_device(axis_types, context):
+@types_and("set_mesh", fast=(AxisType.Auto, False))
+def test_fsdp_equals_one_device(axis_types, set_mesh):
   mesh = make_mesh(data=2, fsdp=4, axis_types=axis_types)
   params, batch, shardings = on_mesh(mesh)
   step = jax.jit(loss_and_grads, out_shardings=(None, shardings))
-  if context:
+  if set_mesh:
     with jax.set_mesh(mesh):
       got = step(params, batch)
   else:
@@ -99,10 +110,7 @@ def test_forward_gathers_weights_and_never_moves_activations(axis_types):
   assert logits.addressable_shards[0].data.shape == (1, 16, CFG.vocab_size)
 
 
-@TYPES
-@pytest.mark.parametrize(
-  "differ", [pytest.param(False, marks=pytest.mark.slow), True], ids=["equal", "differ"]
-)
+@types_and("differ", fast=(AxisType.Explicit, True))
 def test_manual_over_replica(axis_types, differ):
   """Parameters typed as equal or as differing, batch split over replica, data and fsdp."""
   mesh = make_mesh(replica=2, data=2, fsdp=2, axis_types=axis_types)
@@ -130,13 +138,18 @@ def test_manual_over_replica(axis_types, differ):
   assert_close(got, jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, *parts))
 
 
-@TYPES
 @pytest.mark.parametrize(
-  ("scan", "remat"),
+  ("axis_types", "scan", "remat"),
   [
-    pytest.param(False, "none", marks=pytest.mark.slow),
-    pytest.param(True, "none", marks=pytest.mark.slow),
-    (True, "full"),
+    (AxisType.Auto, True, "full"),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (AxisType.Auto, True, "none"),
+        (AxisType.Explicit, False, "none"),
+        (AxisType.Explicit, True, "full"),
+      )
+    ),
   ],
 )
 def test_replicas_with_their_own_parameters(axis_types, scan, remat):

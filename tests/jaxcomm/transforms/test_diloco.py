@@ -173,7 +173,7 @@ def test_maxtext_linear_regression(train, context):
 
 @pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
 def test_resumes_in_the_middle_of_a_round(train, context):
-  params, targets = make_problem()
+  params, targets = make_problem(num_steps=14)  # halves of 7 are one program
   outer = optax.chain(
     compressed_mean("replica", int4(8), error_feedback=True),
     optax.sgd(0.7, momentum=0.9, nesterov=True),
