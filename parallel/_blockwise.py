@@ -150,7 +150,7 @@ def backward(
   queries: Tokens,
   keys: Tokens,
   blocks: Blocks,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Parts of the gradients of q, k and v that come from these keys, float32.
 
   Args:

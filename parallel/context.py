@@ -65,11 +65,12 @@ class ContextParallel:
     Raises:
       ValueError: there is no such layout of so many tokens.
     """
-    size, rest = self._size(x), (self.layout, self.granularity)
+    size, length = self._size(x), x.shape[1]
     if self._mesh(x) is not None:
-      return jnp.asarray(context_permutation(x.shape[1], size, *rest)[0])
+      return jnp.asarray(context_permutation(length, size, self.layout, self.granularity)[0])
     rank = jax.lax.axis_index(self.axis_name)
-    return jnp.asarray(shard_tokens(rank, size, x.shape[1], *rest), jnp.int32)
+    places = shard_tokens(rank, size, length, self.layout, self.granularity)
+    return jnp.asarray(places, jnp.int32)
 
   def psum(self, tree: Any, x: jax.Array) -> Any:
     """Sum over devices where [B, S, ...] `x` is one device's; `tree` where it is the sequence."""
@@ -177,16 +178,16 @@ def _on_shards(region: _Region, q, k, v, ids):
 
 
 def _on_shards_forward(region, q, k, v, ids):
-  structure = None
+  structures = []
 
   def local(q, k, v, ids):
-    nonlocal structure
     out, pull = jax.vjp(lambda *qkv: region.attend(*qkv, segment_ids=ids), q, k, v)
     kept, structure = jax.tree.flatten(pull)
+    structures.append(structure)
     return out, [x[None] for x in kept]
 
   out, kept = region.run(local, region.spec, (region.spec, region.stacked), q, k, v, ids)
-  return out, jax.tree.unflatten(structure, kept)
+  return out, jax.tree.unflatten(structures[-1], kept)
 
 
 def _on_shards_backward(region, pull, grad):

@@ -50,9 +50,9 @@ def decode_attention(
   """
   _axes.axis_size(axis_name)
   _check(q, k, v, valid)
-  scale = q.shape[3] ** -0.5 if scale is None else scale
+  factor = q.shape[3] ** -0.5 if scale is None else scale
   q_BKRC = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])
-  score_BKRT = scale * jnp.einsum("bkrc,btkc->bkrt", q_BKRC, k, preferred_element_type=jnp.float32)
+  score_BKRT = factor * jnp.einsum("bkrc,btkc->bkrt", q_BKRC, k, preferred_element_type=jnp.float32)
   score_BKRT = jnp.where(valid[:, None, None], score_BKRT, -jnp.inf)
   peak_BKR = jax.lax.pmax(jax.lax.stop_gradient(score_BKRT.max(-1)), axis_name)
   peak_BKR = jnp.where(peak_BKR == -jnp.inf, 0.0, peak_BKR)

@@ -168,7 +168,8 @@ def _forward(ring, q, k, v, segment_ids):
 
 
 def _backward(ring, residuals, grad):
-  return *ring_backward(ring, *residuals, grad), None
+  q, k, v, segment_ids, out, lse = residuals
+  return *ring_backward(ring, q, k, v, segment_ids, out, lse, grad), None
 
 
 _ring_attention.defvjp(_forward, _backward)
@@ -182,11 +183,10 @@ def ring_forward(
   queries = ring.tokens(rank, q.shape[1], segment_ids)
 
   def attend(state, i, message):
-    (k, v), ids = message
+    (out, lse), ((k, v), ids) = state, message
     keys = ring.tokens((rank - i) % ring.size, q.shape[1], ids)
-    return _blockwise.merge_partials(
-      *state, *_blockwise.forward(q, k, v, queries, keys, ring.blocks)
-    )
+    more, lse_of_more = _blockwise.forward(q, k, v, queries, keys, ring.blocks)
+    return _blockwise.merge_partials(out, lse, more, lse_of_more)
 
   def step(carry, i):
     state, message = carry
@@ -209,7 +209,7 @@ def ring_backward(
   out: jax.Array,
   lse: jax.Array,
   grad: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Gradients of q, k and v, in their dtypes, from the cotangent `grad` of the output."""
   # Else the compiler may keep what the forward pass received instead of sending it again.
   (k, v, segment_ids), grad = jax.lax.optimization_barrier(((k, v, segment_ids), grad))

@@ -6,7 +6,6 @@ Letters: W devices on the axis, N tokens in all, S = N / W tokens per device.
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Layout = Literal["contiguous", "zigzag", "striped"]
@@ -151,12 +150,3 @@ def causal_balance(seq_len: int, num_shards: int, layout: Layout, granularity: i
   stripe = granularity if layout == "striped" else shard_len
   busiest = (num_shards - 1) * (shard_len + stripe) + shard_len + 1
   return busiest / (num_shards * shard_len + 1)
-
-
-def local_positions(
-  axis_name: str, shard_len: int, layout: Layout, granularity: int = 1
-) -> jax.Array:
-  """int32[S]: `shard_tokens` of this device on the mesh axis `axis_name`."""
-  size = jax.lax.axis_size(axis_name)
-  places = shard_tokens(jax.lax.axis_index(axis_name), size, shard_len, layout, granularity)
-  return jnp.asarray(places, jnp.int32)

@@ -58,7 +58,7 @@ def ulysses_attention(
   Example:
     >>> import jax, jax.numpy as jnp
     >>> from parallel.ulysses import ulysses_attention
-    >>> x = jnp.arange(4.0).reshape(2, 1, 2, 1, 1) * jnp.ones((2, 1))  # two devices, two heads
+    >>> x = jnp.arange(4.0).reshape(2, 1, 2, 1, 1).repeat(2, axis=3)  # two devices, two heads
     >>> attend = lambda x: ulysses_attention(0 * x, x, x, "seq", layout="contiguous")
     >>> jax.vmap(attend, axis_name="seq")(x)[..., 1, 0].reshape(-1).tolist()
     [0.0, 0.5, 1.0, 1.5]
@@ -75,9 +75,9 @@ def ulysses_attention(
     q, k, v, ids = inputs
     if ids is not None:
       ids = jax.lax.all_gather(ids, axis_name, axis=1, tiled=True)
-    kv = _exchange(axis_name, 3, 2, jnp.stack((k, v)))
+    kv: Any = _exchange(axis_name, 3, 2, jnp.stack((k, v)))
     tokens = Tokens(order, ids)
-    out = _blockwise.attention(blocks, _exchange(axis_name, 2, 1, q), *kv, tokens, tokens)
+    out = _blockwise.attention(blocks, _exchange(axis_name, 2, 1, q), kv[0], kv[1], tokens, tokens)
     return _exchange(axis_name, 1, 2, out)
 
 
