@@ -132,17 +132,7 @@ def measure_loss(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def peak(crossed: Sequence[dict]) -> int:
-  """The most that any host sent in a burst.
-
-  >>> times = [0.0, 0.5, 1.0, 1.5, 2.0]
-  >>> peak(
-  ...   [
-  ...     {"seconds": t, "sent": [b]}
-  ...     for t, b in zip(times, [0, 10**5, 3 * 10**5, 3 * 10**5, 4 * 10**5])
-  ...   ]
-  ... )
-  300000
-  """
+  """The most that any host sent in a burst: between two pauses of `PAUSE` seconds."""
   most = 0
   for host in range(len(crossed[0]["sent"])):
     burst, quiet = 0, 0.0
