@@ -123,6 +123,7 @@ def test_generation_follows_the_posterior(top_k):
       w = w * p_JVV[:, row[t - 1], row[t]]
 
 
+@pytest.mark.slow
 def test_generation_draws_from_the_mixture():
   ensemble = hdee.EnsembleLM(EXPERTS, mixing="average")
   prompt = np.full((4000, 1), 3)
