@@ -111,9 +111,10 @@ class ContextParallel:
     return _on_shards(_Region(attend, mesh, tuple(rows), self.axis_name), q, k, v, segment_ids)
 
   def _mesh(self, x) -> Any:
-    """The mesh on which the axis is automatic; None where it is manual (or of `jax.vmap`)."""
+    """The mesh on which the axis is the compiler's; None where it is manual (or of `jax.vmap`)."""
     mesh = jax.typeof(x).sharding.mesh
-    return mesh if self.axis_name in mesh.auto_axes else None
+    automatic = self.axis_name in mesh.axis_names and self.axis_name not in mesh.manual_axes
+    return mesh if automatic else None
 
   def _size(self, x) -> int:
     mesh = self._mesh(x)
