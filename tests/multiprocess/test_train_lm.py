@@ -1,4 +1,7 @@
-"""`train_lm.py` in two processes: the losses of two virtual devices, resume, SIGTERM, bad input."""
+"""`train_lm.py` in two processes: the losses of two virtual devices, resume, SIGTERM, bad input.
+
+Llama itself is trained once; the rest happens to a model that starts in half the time.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +22,11 @@ TIMEOUT = 600.0
 STEPS = 12
 SAVE_EVERY = 5
 LAST, BEFORE = 10, 5  # checkpoints in the middle of a round of 3
+LLAMA, SMALL = "examples/train_lm.py", "tests/examples/train_small_lm.py"
 METHODS = {"ddp": ("--method", "ddp"), "diloco": ("--method", "diloco", "--compressor", "int4")}
+RUNS = pytest.mark.parametrize(
+  ("method", "program"), [("ddp", LLAMA), ("diloco", SMALL)], ids=METHODS
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +36,15 @@ class Script:
   folder: pathlib.Path
   data: pathlib.Path
 
-  def job(self, num_processes: int, out: pathlib.Path, *flags: str, debug: bool = True) -> Job:
-    command = [sys.executable, "examples/train_lm.py", "--out", str(out), *self._flags(), *flags]
+  def job(
+    self,
+    num_processes: int,
+    out: pathlib.Path,
+    *flags: str,
+    program: str = SMALL,
+    debug: bool = True,
+  ) -> Job:
+    command = [sys.executable, program, "--out", str(out), *self._flags(), *flags]
     commands, port = [command], free_port()
     if num_processes > 1:
       commands = [[*command, *job_flags(num_processes, i, port)] for i in range(num_processes)]
@@ -42,9 +56,9 @@ class Script:
     }
     return Job(commands, self.folder / "output" / name, env=env)
 
-  def run(self, num_processes: int, out: pathlib.Path, *flags: str) -> str:
+  def run(self, num_processes: int, out: pathlib.Path, *flags: str, program: str = SMALL) -> str:
     """Runs to the end; returns what the first process printed."""
-    with self.job(num_processes, out, *flags) as job:
+    with self.job(num_processes, out, *flags, program=program) as job:
       return _first_alone(job.wait(TIMEOUT))
 
   def _flags(self) -> list[str]:
@@ -66,12 +80,12 @@ def script(tmp_path_factory) -> Script:
 
 @pytest.fixture(scope="module")
 def two_processes(script):
-  """`two_processes(method)`: the folder of an uninterrupted run in two processes."""
+  """`two_processes(method, program)`: the folder of an uninterrupted run in two processes."""
 
   @functools.cache
-  def run(method: str) -> pathlib.Path:
-    out = script.folder / f"{method}-two"
-    script.run(2, out, *METHODS[method], "--steps", str(STEPS))
+  def run(method: str, program: str) -> pathlib.Path:
+    out = script.folder / f"{method}-{pathlib.Path(program).stem}-two"
+    script.run(2, out, *METHODS[method], "--steps", str(STEPS), program=program)
     return out
 
   return run
@@ -99,20 +113,22 @@ def assert_close(got: dict[int, dict[str, Any]], want: dict[int, dict[str, Any]]
     assert got[step] == pytest.approx(row, rel=1e-5), step
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_give_the_losses_of_two_virtual_devices(script, two_processes, method):
+@RUNS
+def test_two_processes_give_the_losses_of_two_virtual_devices(
+  script, two_processes, method, program
+):
   out = script.folder / f"{method}-one"
-  script.run(1, out, *METHODS[method], "--steps", str(STEPS))
-  one, two = metrics(out), metrics(two_processes(method))
+  script.run(1, out, *METHODS[method], "--steps", str(STEPS), program=program)
+  one, two = metrics(out), metrics(two_processes(method, program))
   assert list(one) == list(range(STEPS + 1))
   assert one[STEPS]["loss"] < one[1]["loss"]
   assert {"loss", "eval_loss", "wire_bytes", "wire_bytes_total"} <= one[STEPS].keys()
   assert_close(two, one)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_first_process_alone_leaves_a_whole_run_folder(two_processes, method):
-  run = two_processes(method)
+@RUNS
+def test_the_first_process_alone_leaves_a_whole_run_folder(two_processes, method, program):
+  run = two_processes(method, program)
   names = {path.name for path in run.iterdir()}
   files = {"config.json", "metrics.jsonl", "summary.json", "report.png", "checkpoints"}
   assert names == files
@@ -126,22 +142,22 @@ def test_the_first_process_alone_leaves_a_whole_run_folder(two_processes, method
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
-def test_resume_of_two_processes_by(num_processes, script, two_processes, method, tmp_path):
-  out = killed(two_processes(method), tmp_path / "run")
-  output = script.run(num_processes, out, *METHODS[method], "--resume", "--steps", str(STEPS))
+def test_resume_of_two_processes_by(num_processes, script, two_processes, tmp_path):
+  """DiLoCo's state has leaves of both kinds: equal in all processes (as of ddp), and their own."""
+  out = killed(two_processes("diloco", SMALL), tmp_path / "run")
+  output = script.run(num_processes, out, *METHODS["diloco"], "--resume", "--steps", str(STEPS))
   assert f"resumed from step {LAST}." in output
-  got, want = metrics(out), metrics(two_processes(method))
+  got, want = metrics(out), metrics(two_processes("diloco", SMALL))
   if num_processes == 2:
     assert got == want
   else:
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("receivers", [(0, 1), (1,)])
-def test_sigterm_saves_on_all_processes_and_exits_0(script, tmp_path, receivers):
+@pytest.mark.parametrize(("receivers", "method"), [((0, 1), "ddp"), ((1,), "diloco")])
+def test_sigterm_saves_on_all_processes_and_exits_0(script, tmp_path, receivers, method):
   out = tmp_path / "run"
-  flags = (*METHODS["diloco"], "--eval-every", "0", "--save-every", "0")
+  flags = (*METHODS[method], "--eval-every", "0", "--save-every", "0")
   with script.job(2, out, *flags, "--steps", "100000") as job:
     _wait_for_rows(job, out, 5)
     for i in receivers:
@@ -171,13 +187,13 @@ def test_a_folder_in_use_is_refused_by_all_processes(script, tmp_path):
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(script, two_processes, tmp_path):
-  out = killed(two_processes("diloco"), tmp_path / "run")
+  out = killed(two_processes("diloco", SMALL), tmp_path / "run")
   damaged = out / "checkpoints" / str(LAST)
   file = max((p for p in damaged.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   file.write_bytes(file.read_bytes()[:-100])
   output = script.run(2, out, *METHODS["diloco"], "--resume", "--steps", str(STEPS))
   assert f"resumed from step {BEFORE}." in output
-  assert metrics(out) == metrics(two_processes("diloco"))
+  assert metrics(out) == metrics(two_processes("diloco", SMALL))
   assert (out / "checkpoints" / f"damaged-{LAST}").is_dir()
 
 
