@@ -38,12 +38,10 @@ class Batches:
 
 
 def init_params(key):
-  """Numbers without a generator, which would take longest to compile."""
-  del key
-  rng = np.random.default_rng(0)
+  w, v = jax.random.split(key)
   return {
-    "w": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32),
-    "v": jnp.asarray(0.1 * rng.normal(size=(4, 2)), jnp.float32),
+    "w": jax.random.normal(w, (8, 4)),
+    "v": 0.1 * jax.random.normal(v, (4, 2)),
     "b": jnp.zeros((2,), jnp.bfloat16),
   }
 

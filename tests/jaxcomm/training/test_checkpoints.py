@@ -13,8 +13,6 @@ import pytest
 
 from jaxcomm.training import CheckpointError, Checkpoints, tree_digest
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 @pytest.fixture(scope="module")
 def step4(tiny):
