@@ -33,7 +33,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAUSE, QUIET = 0.3, 50e3  # seconds below so many bytes per second end a burst
-PERIOD = ("--sync-period", "50")
+PERIOD, FRAGMENTS = ("--sync-period", "50"), ("--fragments", "5")
 WARMUP = ("--warmup", "20")  # of the runs for losses
 AVERAGE = ("--outer-lr", "1.0", "--outer-momentum", "0.0")
 
@@ -59,7 +59,10 @@ METHODS = {
   ),
   "diloco": Method(("--method", "diloco", *PERIOD), 10, 10, 60, AVERAGE, 150),
   "streaming_diloco": Method(
-    ("--method", "streaming_diloco", "--fragments", "5", *PERIOD), 10, 10, 60, AVERAGE, 150
+    ("--method", "streaming_diloco", *FRAGMENTS, *PERIOD), 10, 10, 60, AVERAGE, 150
+  ),
+  "streaming_diloco_20": Method(  # its fragments are never older than 20 steps
+    ("--method", "streaming_diloco", *FRAGMENTS, "--sync-period", "20"), 10, 20, 60, AVERAGE, 150
   ),
 }
 
