@@ -17,7 +17,7 @@ class ADPSGDState(NamedTuple):
   Attributes:
     count: int32[], equal on all devices; steps taken.
     inner_state: of the inner optimizer, differs per replica.
-    pending: the last `delay` updates, oldest first, each like the parameters; differ per replica.
+    pending: the last `delay` updates, float32, oldest first; differ per replica.
   """
 
   count: jax.Array
@@ -90,7 +90,7 @@ def ad_psgd(
     return ADPSGDState(
       count=jnp.zeros((), jnp.int32),
       inner_state=inner.init(params),
-      pending=tuple(optax.tree.zeros_like(params) for _ in range(delay)),
+      pending=tuple(optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(delay)),
     )
 
   def update_fn(updates, state, params=None, *, alive=None, **extra_args):
@@ -99,8 +99,8 @@ def ad_psgd(
     check_alive_symmetric(alive, topology)
     error = gossip_error(params, axis_name, topology, step=state.count, alive=alive)
     updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-    due, *pending = (*state.pending, updates)
-    step = jax.tree.map(lambda e, u: (e + u.astype(jnp.float32)).astype(u.dtype), error, due)
+    due, *pending = (*state.pending, optax.tree.cast(updates, jnp.float32))
+    step = jax.tree.map(lambda e, d, u: (e + d).astype(u.dtype), error, due, updates)
     count = jnp.asarray(optax.safe_increment(state.count))
     return step, ADPSGDState(count, inner_state, tuple(pending))
 
