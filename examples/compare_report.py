@@ -9,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomm.training import format_bytes, read_metrics
+from jaxcomm.training import PLOT_STYLE, format_bytes, read_metrics
 
 MODEL = "modelled seconds: steps x step time here\n+ bytes / link speed (no latency, no overlap)"
-_STYLE: dict[Any, Any] = {
-  "font.size": 12,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "axes.axisbelow": True,
-  "grid.color": "#e6e6e6",
-  "legend.frameon": False,
-}
+_STYLE: dict[Any, Any] = {**PLOT_STYLE, "font.size": 12}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import _axes
 from parallel import _blockwise
 from parallel._blockwise import Tokens
 from parallel._zero_hops import on_raw_bits
-from parallel.ring_attention import Ring, make_ring
+from parallel.ring_attention import Ring, make_ring, same_type
 from parallel.sequence_layout import Layout, context_permutation
 
 
@@ -53,12 +52,10 @@ def allgather_attention(
     >>> jax.vmap(attend, axis_name="seq")(x).reshape(-1).tolist()
     [0.0, 0.5, 1.0, 1.5]
   """
-  size = _axes.axis_size(axis_name)
-  _blockwise.check_shapes(q, k, v, segment_ids)
+  inputs = same_type(q, k, v, segment_ids, axis_name)
   ring = make_ring(
-    axis_name, size, q.shape, layout, granularity, causal=causal, scale=scale, block_size=block_size
+    axis_name, q.shape, layout, granularity, causal=causal, scale=scale, block_size=block_size
   )
-  inputs = _axes.vary(_axes.vary_like((q, k, v, segment_ids), (q, k, v, segment_ids)), axis_name)
   with jax.named_scope("allgather_attention"):
     return _attention(ring, *inputs)
 

@@ -76,13 +76,10 @@ def ring_attention(
     >>> jax.vmap(attend, axis_name="seq")(x).reshape(-1).tolist()
     [0.0, 0.5, 1.0, 1.5]
   """
-  size = _axes.axis_size(axis_name)
-  _blockwise.check_shapes(q, k, v, segment_ids)
+  inputs = same_type(q, k, v, segment_ids, axis_name)
   ring = make_ring(
-    axis_name, size, q.shape, layout, granularity, causal=causal, scale=scale, block_size=block_size
+    axis_name, q.shape, layout, granularity, causal=causal, scale=scale, block_size=block_size
   )
-  # One type for all, so that a sum over further axes is the business of JAX, not of the derivative.
-  inputs = _axes.vary(_axes.vary_like((q, k, v, segment_ids), (q, k, v, segment_ids)), axis_name)
   with jax.named_scope("ring_attention"):
     return _ring_attention(ring, *inputs)
 
@@ -138,9 +135,20 @@ class Ring:
     return jax.tree.map(lambda x: on_raw_bits(move, x), tree)
 
 
+def same_type(
+  q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, axis_name: str
+) -> tuple[Any, ...]:
+  """The arguments, checked, differing over the same axes, `axis_name` among them.
+
+  A sum over further axes is then the business of JAX, not of our derivatives.
+  """
+  _blockwise.check_shapes(q, k, v, segment_ids)
+  inputs = (q, k, v, segment_ids)
+  return _axes.vary(_axes.vary_like(inputs, inputs), axis_name)
+
+
 def make_ring(
   axis_name: str,
-  size: int,
   q_shape: tuple[int, ...],
   layout: Layout,
   granularity: int,
@@ -150,7 +158,7 @@ def make_ring(
   block_size: int,
 ) -> Ring:
   """Checks the options against the queries [B, S, H, C] of one device."""
-  shard_len = q_shape[1]
+  size, shard_len = _axes.axis_size(axis_name), q_shape[1]
   shard_tokens(0, size, shard_len, layout, granularity)  # raises if it cannot be
   tile = _blockwise.tile_size(shard_len // 2 if layout == "zigzag" else shard_len, block_size)
   blocks = Blocks(causal, q_shape[3] ** -0.5 if scale is None else scale, tile)

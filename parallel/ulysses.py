@@ -16,7 +16,7 @@ from jaxcomm import _axes
 from parallel import _blockwise
 from parallel._blockwise import Tokens
 from parallel._zero_hops import on_raw_bits
-from parallel.ring_attention import make_ring
+from parallel.ring_attention import make_ring, same_type
 from parallel.sequence_layout import Layout, context_permutation
 
 
@@ -63,14 +63,13 @@ def ulysses_attention(
     >>> jax.vmap(attend, axis_name="seq")(x)[..., 1, 0].reshape(-1).tolist()
     [0.0, 0.5, 1.0, 1.5]
   """
+  inputs = same_type(q, k, v, segment_ids, axis_name)
   size = _axes.axis_size(axis_name)
-  _blockwise.check_shapes(q, k, v, segment_ids)
   _check_heads(q.shape[2], k.shape[2], size)
   blocks = make_ring(
-    axis_name, size, q.shape, layout, granularity, causal=causal, scale=scale, block_size=block_size
+    axis_name, q.shape, layout, granularity, causal=causal, scale=scale, block_size=block_size
   ).blocks
   order, _ = context_permutation(size * q.shape[1], size, layout, granularity)
-  inputs = _axes.vary(_axes.vary_like((q, k, v, segment_ids), (q, k, v, segment_ids)), axis_name)
   with jax.named_scope("ulysses_attention"):
     q, k, v, ids = inputs
     if ids is not None:

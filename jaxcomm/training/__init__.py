@@ -13,13 +13,14 @@ from jaxcomm.training._layout import Layout, TrainState
 from jaxcomm.training._loop import Loop, LoopConfig, LoopResult, NonFiniteLossError
 from jaxcomm.training._progress import Progress, format_bytes
 from jaxcomm.training._replicas import average_replicas, broadcast_replica
-from jaxcomm.training._report import plot_report
+from jaxcomm.training._report import PLOT_STYLE, plot_report
 from jaxcomm.training._run import Task, run
 from jaxcomm.training._run_folder import RunFolder, RunFolderError, load_config, read_metrics
 from jaxcomm.training._step import TrainStep, make_train_step
 from jaxcomm.training._wire import StepWire, step_wire
 
 __all__ = [
+  "PLOT_STYLE",
   "CheckpointError",
   "Checkpoints",
   "Layout",

@@ -19,6 +19,7 @@ from jaxcomm.transforms import (
   apply_updates,
   just_synced,
 )
+from jaxcomm.transforms._states import find_states
 
 AxisType = jax.sharding.AxisType
 P = jax.sharding.PartitionSpec
@@ -326,12 +327,6 @@ def _with_varying_inner(varying: TrainState) -> TrainState:
   return jax.tree.map(leaf, varying, is_leaf=lambda x: isinstance(x, _HAVE_INNER))
 
 
-def _outside_inner(opt_state: Any, kind: type) -> list[Any]:
-  """The states of this kind that no inner optimizer holds."""
-  stops = lambda x: isinstance(x, (kind, *_HAVE_INNER))  # noqa: E731
-  return [x for x in jax.tree.leaves(opt_state, is_leaf=stops) if isinstance(x, kind)]
-
-
 _SKIPPING = (
   "`tx` must not hold optax.apply_if_finite around a mean: by its own gradient one replica would"
   " skip an exchange that the others wait for; put it into `inner` of a method that has one, or"
@@ -341,7 +336,7 @@ _SKIPPING = (
 
 def _check_skipping(varying: Any) -> None:
   """Raises ValueError if replicas that exchange may each skip a step."""
-  for state in _outside_inner(varying, optax.ApplyIfFiniteState):
+  for state in find_states(varying, optax.ApplyIfFiniteState, outside=_HAVE_INNER):
     if state.last_finite:
       raise ValueError(_SKIPPING)
 
@@ -353,5 +348,5 @@ def _explain(error: Exception, opt_state: Any) -> None:
       "`tx` must not hold optax.MultiSteps over values that differ per replica (its two branches"
       " get unequal types): accumulate gradients in `loss_fn`, or put the mean before it."
     ) from error
-  if _outside_inner(opt_state, optax.ApplyIfFiniteState):
+  if find_states(opt_state, optax.ApplyIfFiniteState, outside=_HAVE_INNER):
     raise ValueError(_SKIPPING) from error

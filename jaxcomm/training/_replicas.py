@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxcomm.training._layout import Layout, TrainState
 from jaxcomm.transforms import HealthyMeanState, ShardedOuterState
+from jaxcomm.transforms._states import find_states
 
 
 def average_replicas(state: TrainState, layout: Layout) -> TrainState:
@@ -58,7 +59,9 @@ def broadcast_replica(state: TrainState, layout: Layout, *, index: int = 0) -> T
 
 def map_masks(fun: Callable[[Any], Any], state: Any) -> Any:
   """`state` with `fun` of every mask of replicas in it, which is no array per replica."""
-  healthy = lambda x: isinstance(x, HealthyMeanState)  # noqa: E731
+
+  def healthy(x):
+    return isinstance(x, HealthyMeanState)
 
   def leaf(x):
     return x._replace(alive=fun(x.alive)) if healthy(x) and x.alive is not None else x
@@ -68,8 +71,7 @@ def map_masks(fun: Callable[[Any], Any], state: Any) -> Any:
 
 def check_parts(state: Any) -> None:
   """Raises ValueError if parts of an outer state are divided among the replicas."""
-  parts = lambda x: isinstance(x, ShardedOuterState)  # noqa: E731
-  if any(map(parts, jax.tree.leaves(state, is_leaf=parts))):
+  if find_states(state, ShardedOuterState):
     raise ValueError(
       "every replica keeps its own part of the outer state (`outer_shards`, sharded_outer): the"
       " number of replicas cannot change. Resume with the saved number."

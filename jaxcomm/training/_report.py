@@ -10,7 +10,7 @@ from jaxcomm.training._progress import format_bytes
 from jaxcomm.training._run_folder import read_metrics
 
 _TRAIN, _EVAL, _DENSE, _TEXT = "#4477aa", "#cc3311", "#888888", "#222222"
-_STYLE: dict[Any, Any] = {
+PLOT_STYLE: dict[Any, Any] = {
   "font.size": 13,
   "axes.titlesize": 14,
   "axes.labelsize": 14,
@@ -24,6 +24,7 @@ _STYLE: dict[Any, Any] = {
   "text.color": _TEXT,
   "axes.labelcolor": _TEXT,
 }
+"""Matplotlib settings of all pictures of runs, for `matplotlib.rc_context`."""
 
 
 def plot_report(
@@ -52,7 +53,7 @@ def plot_report(
 
   path = pathlib.Path(path)
   rows = read_metrics(path)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(PLOT_STYLE):
     figure = Figure(figsize=(12.8, 5.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.87))  # pyright: ignore
     left, right = figure.subplots(1, 2, sharey=True)

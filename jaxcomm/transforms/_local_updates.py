@@ -9,6 +9,7 @@ import optax
 
 from jaxcomm import _axes
 from jaxcomm.transforms._checks import check_floating, check_period, check_transform
+from jaxcomm.transforms._states import find_states
 from jaxcomm.transforms.healthy_mean import HealthyMeanState
 
 
@@ -200,9 +201,7 @@ def _fill_masked(tree: Any, other: Any) -> Any:
 
 def check_alive(extra_args: dict[str, Any], outer_state: Any) -> None:
   """Raises ValueError if update is given a mask that no mean of `outer_state` takes."""
-  healthy = lambda x: isinstance(x, HealthyMeanState)  # noqa: E731
-  found = any(map(healthy, jax.tree.leaves(outer_state, is_leaf=healthy)))
-  if extra_args.get("alive") is not None and not found:
+  if extra_args.get("alive") is not None and not find_states(outer_state, HealthyMeanState):
     raise ValueError(
       "`alive` needs a mean that can leave replicas out: wrap it in healthy_mean, or give"
       " pmean_over `skip_nonfinite=True`."

@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from jaxcomm import _axes
 from jaxcomm.transforms._checks import check_floating, check_transform
+from jaxcomm.transforms._states import find_states
 
 
 class HealthyMeanState(NamedTuple):
@@ -115,8 +116,7 @@ def healthy_mean(
 
 def left_out(opt_state: Any) -> dict[str, jax.Array]:
   """`total_left_out`, int32[], of all healthy means in a state together; empty without any."""
-  healthy = lambda x: isinstance(x, HealthyMeanState)  # noqa: E731
-  states = [x for x in jax.tree.leaves(opt_state, is_leaf=healthy) if healthy(x)]
+  states = find_states(opt_state, HealthyMeanState)
   if not states:
     return {}
   return {"total_left_out": functools.reduce(jnp.add, [x.total_left_out for x in states])}

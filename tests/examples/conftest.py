@@ -1,20 +1,16 @@
 """`examples/train_lm.py` run in this process, on a model and a text that take seconds."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import random
 import shutil
-import sys
 
-import jax
 import pytest
 
 from jaxcomm.training import launch
 from models import llama
 from tests.examples import small_lm
+from tests.examples.load_script import load_script
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_lm.py"
 # Flags that the training step does not depend on.
 FREE = (
   "data", "data_weights", "dry_run", "eval_batches", "eval_every", "keep", "log_every", "out",
@@ -39,19 +35,10 @@ def once(module):
 @pytest.fixture(scope="session")
 def script():
   """The script, which trains `small_lm`."""
-  assert len(jax.devices()) == 8  # started here, so that the script does not choose their number
-  sys.path.insert(0, str(SCRIPT.parent))  # as for a script
-  spec = importlib.util.spec_from_file_location("train_lm", SCRIPT)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["train_lm"] = module
-  spec.loader.exec_module(module)
-  module.build_step = once(module)
-  module.llama = small_lm
-  yield module
-  del sys.modules["train_lm"]
-  sys.path.remove(str(SCRIPT.parent))
+  with load_script("train_lm") as module:
+    module.build_step = once(module)
+    module.llama = small_lm
+    yield module
 
 
 @pytest.fixture(scope="module")

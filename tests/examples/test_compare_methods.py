@@ -1,7 +1,6 @@
 """The comparison: its flags, its model of time, and that it goes on where it was stopped."""
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcomm.training import launch, load_config, read_metrics
+from tests.examples.load_script import load_script
 
 METHODS = ["--methods", "ddp", "diloco --sync-period 2"]
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -19,16 +19,8 @@ pytestmark = pytest.mark.usefixtures("quickly_compiled")
 @pytest.fixture(scope="module")
 def compare(script):
   """The module, whose runs are those of `script`."""
-  path = script.__file__.replace("train_lm", "compare_methods")
-  spec = importlib.util.spec_from_file_location("compare_methods", path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["compare_methods"] = module
-  spec.loader.exec_module(module)
-  yield module
-  for name in ("compare_methods", "compare_report"):
-    del sys.modules[name]
+  with load_script("compare_methods", "compare_report") as module:
+    yield module
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """The min-max script: what it prints and leaves behind, resumes exactly, and refuses."""
 
-import importlib.util
 import json
 import os
-import pathlib
 import re
 import signal
-import sys
 
 import jax
 import numpy as np
@@ -15,26 +12,16 @@ import pytest
 
 from jaxcomm.training import launch, read_metrics, tree_digest
 from jaxcomm.transforms import draw_refresh
+from tests.examples.load_script import load_script
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "masha_minmax.py"
 SMALL = ["--size", "8", "--keep-ratio", "0.25", "--log-every", "1", "--save-every", "8"]
 STEPS = 21
 
 
 @pytest.fixture(scope="module")
 def script():
-  assert len(jax.devices()) == 8
-  sys.path.insert(0, str(SCRIPT.parent))  # as for a script
-  spec = importlib.util.spec_from_file_location("masha_minmax", SCRIPT)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["masha_minmax"] = module
-  spec.loader.exec_module(module)
-  yield module
-  for name in ("masha_minmax", "minmax_problems"):
-    del sys.modules[name]
-  sys.path.remove(str(SCRIPT.parent))
+  with load_script("masha_minmax", "minmax_problems") as module:
+    yield module
 
 
 @pytest.fixture

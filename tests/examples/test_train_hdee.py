@@ -1,46 +1,32 @@
 """The script of domain experts: plans of equal compute, what a run leaves, resume, bad flags."""
 
-import importlib.util
 import json
 import math
 import os
-import pathlib
 import random
 import signal
-import sys
 
-import jax
 import pytest
 
 from jaxcomm import data
 from jaxcomm.training import launch, read_metrics
+from tests.examples.load_script import load_script
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_hdee.py"
 STEPS, SEED_STEPS = 12, 4
 
 
 @pytest.fixture(scope="module")
 def script():
-  assert len(jax.devices()) == 8
-  sys.path.insert(0, str(SCRIPT.parent))  # as for a script
-  spec = importlib.util.spec_from_file_location("train_hdee", SCRIPT)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["train_hdee"] = module
-  spec.loader.exec_module(module)
-  made, build = {}, module.build_step
+  with load_script("train_hdee", "hdee_plans", "hdee_report", "hdee_scores") as module:
+    made, build = {}, module.build_step
 
-  def once(config, model, devices):
-    if model not in made:
-      made[model] = build(config, model, devices)
-    return made[model]
+    def once(config, model, devices):
+      if model not in made:
+        made[model] = build(config, model, devices)
+      return made[model]
 
-  module.build_step = once  # runs with models of one size compile it once
-  yield module
-  for name in ("train_hdee", "hdee_plans", "hdee_report", "hdee_scores"):
-    del sys.modules[name]
-  sys.path.remove(str(SCRIPT.parent))
+    module.build_step = once  # runs with models of one size compile it once
+    yield module
 
 
 @pytest.fixture(scope="module")

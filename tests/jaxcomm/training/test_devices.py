@@ -126,12 +126,16 @@ def test_joins_by_flags_launcher_or_pod_and_else_not_at_all(environment, joined,
 
 
 def test_a_single_tpu_host_outside_a_pod_is_no_error(environment, monkeypatch):
+  asked = []
+
   def initialize():
+    asked.append(True)
     raise ValueError("coordinator_address should be defined.")
 
   monkeypatch.setattr("jax.distributed.initialize", initialize)
   monkeypatch.setattr(_cluster, "_on_tpu", lambda: True)
   _cluster.join(None, None, None)
+  assert asked == [True]
 
 
 @pytest.mark.slow
