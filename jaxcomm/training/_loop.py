@@ -75,8 +75,9 @@ class Loop:
   While step n runs on the device the host reads the metrics of step n - 1, which is also when a
   non-finite loss stops the run (with several processes only at logged steps and evaluations, since
   reading is then a collective); parameters that are not finite are never saved. Evaluations also
-  log `disagreement`, where the method exchanges and leaves replicas apart. The iterator's
-  state travels in every checkpoint; wire bytes are counted for every step from `wire`.
+  log `disagreement`, where the method exchanges and leaves replicas apart, in jobs of one process:
+  between several it would send a dense mean that `wire` does not count. The iterator's state
+  travels in every checkpoint; wire bytes are counted for every step from `wire`.
 
   Args:
     config: periods and length.
@@ -256,7 +257,9 @@ class Loop:
     return total["loss_sum"] / total["tokens"]
 
   def _measure(self, state: TrainState) -> dict[str, float]:
-    """How far replicas are apart, of methods that exchange: the others send nothing for it."""
+    """How far replicas are apart, of methods that exchange, where no slow link is in between."""
+    if jax.process_count() > 1:  # a dense mean, behind the back of the wire meter
+      return {}
     levels = () if self._wire is None else self._wire.levels
     if not any(level.get("replica") for level in levels) or self._ts.disagreement is None:
       return {}
