@@ -50,11 +50,12 @@ def streaming_diloco(
   The mean is the first transform of `outer`, so that any mean will do; the paper's message is
   `compressed_mean("replica", e3m0())`.
 
-  `delay` is what a link with that latency would bring: the mean is taken in the step that sends,
-  and its outer step as well, and only their use waits. A program of several steps may overlap them;
-  a program of one step cannot.
+  With a `delay` the mean is taken in the update after the one that sends, from the parameters that
+  this one was given, and nothing but the state needs it before the update ends: where a program
+  runs what is ready (XLA on CPU, between processes) the exchange and a forward and backward pass
+  go side by side. Longer delays only simulate the latency of a slower link.
 
-  Wire: in the steps that send, what the mean sends for one fragment: with `pmean_over`
+  Wire: in the updates that exchange, what the mean sends for one fragment: with `pmean_over`
   :math:`2\frac{N-1}{N} 4 P_p` bytes per device for its :math:`P_p` parameters; nothing in all other
   steps. Per round as much as `diloco`, at the peak about a F-th.
 
@@ -129,8 +130,9 @@ def streaming_diloco(
     count = jnp.asarray(optax.safe_increment(state.count))
 
     def send(p):
-      def branch(updates, *args):
-        local = optax.apply_updates(parts.take(params, p), parts.take(updates, p))
+      def branch(moves, *args):
+        local = parts.take(params, p)
+        local = local if delay else optax.apply_updates(local, parts.take(moves, p))
         return outer_step(outer, parts, p, local, *args, axis_name=axis_name, extra_args=extra_args)
 
       return branch
@@ -142,9 +144,10 @@ def streaming_diloco(
 
       return branch
 
-    sent = _turn(count + delay, every, num_fragments)
-    sends = [lambda updates, *args: args, *map(send, range(num_fragments))]
-    args = (updates, state.anchor, state.outer_states)
+    # After a step, or before the next one: then the exchange does not wait for gradients.
+    sent = _turn(count + max(delay - 1, 0), every, num_fragments)
+    sends = [lambda moves, *args: args, *map(send, range(num_fragments))]
+    args = (() if delay else updates, state.anchor, state.outer_states)
     anchor, outer_states = _axes.switch(sent, sends, *args)
     merges = [lambda updates, anchor: updates, *map(merge, range(num_fragments))]
     updates = _axes.switch(_turn(count, every, num_fragments), merges, updates, anchor)

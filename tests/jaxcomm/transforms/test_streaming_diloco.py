@@ -223,10 +223,26 @@ def test_a_step_sends_one_fragment_or_nothing(compiled):
     state, metrics = compiled.step(state, rows)
     levels.append(int(metrics["level"]))
     assert bool(metrics["synced"]) == (levels[-1] > 0)
-  assert levels == [1, 0, 2, 0, 3, 0] * 2
+  assert levels == [0, 1, 0, 2, 0, 3] * 2  # sent after steps 1, 3 and 5
   assert compiled.step._cache_size() == 1
   shares = (1 / 2, 1 / 6, 1 / 6, 1 / 6)
   assert wire.per_step(shares)["replica"] == pytest.approx(sum(map(wire.sent, levels)) / 12)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_an_exchange_with_a_delay_waits_for_no_gradient(delay):
+  tx = streaming_diloco(optax.sgd(0.1), sync_period=2, fragments=1, delay=delay)
+
+  def exchanged(gradient):
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    _, state = tx.update({"w": jnp.ones(3)}, state, params)
+    params = {"w": jnp.full(3, 0.9)}
+    return tx.update({"w": jnp.full(3, gradient)}, state, params)[1]
+
+  state = jax.jit(jax.vmap(exchanged, axis_name="replica"))(jnp.array([1.0, jnp.nan]))
+  assert state.sent.tolist() == [1, 1]
+  assert bool(jnp.isfinite(state.anchor["w"]).all()) == (delay > 0)
 
 
 @pytest.mark.slow
