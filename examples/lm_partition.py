@@ -56,8 +56,9 @@ class PartitionConfig(MethodConfig):
       raise ValueError("`method` 'streaming_diloco' needs layers, `partition` has flat parts.")
     if self.method == "dfedsam":
       raise ValueError("`method` 'dfedsam' needs whole gradients, `partition` shards them.")
-    if self.data_parallel != 1:
-      raise ValueError(f"`data_parallel` must be 1 with `partition`, got {self.data_parallel}.")
+    for name in ("data_parallel", "seq_shards", "tensor"):
+      if (value := getattr(self, name)) != 1:
+        raise ValueError(f"`{name}` must be 1 with `partition`, got {value}.")
 
 
 def build_plan(config: PartitionConfig) -> PartitionPlan:

@@ -90,9 +90,10 @@ class Config(RunConfig):
       raise ValueError(f"`size` must be at least 1, got {self.size}.")
     if not 0 < self.keep_ratio < 1:
       raise ValueError(f"`keep_ratio` must be in (0, 1), got {self.keep_ratio}.")
-    if self.data_parallel * self.fsdp != 1:
-      got = f"{self.data_parallel} and {self.fsdp}"
-      raise ValueError(f"`data_parallel` and `fsdp` must be 1 for so small a problem, got {got}.")
+    if self.devices_per_replica != 1:
+      names = ("data_parallel", "fsdp", "seq_shards", "tensor")
+      got = ", ".join(f"`{name}` = {getattr(self, name)}" for name in names)
+      raise ValueError(f"a replica must have 1 device for so small a problem, got {got}.")
     if self.replica_change is not None:
       raise ValueError("`replica_change` must be None: with other workers it is another problem.")
     build_method(self)  # says what is wrong with the others

@@ -74,11 +74,10 @@ class Config(PartitionConfig):
         f"`data_weights` must be a positive number for each of the {len(self.data)} sources in"
         f" `data`, got {weights}."
       )
-    shards = self.replicas * self.data_parallel * self.fsdp
-    if self.batch_size % shards:
+    if self.batch_size % self.row_shards:
       raise ValueError(
-        f"`batch_size` must be divisible by replicas * data_parallel * fsdp = {shards}, got"
-        f" {self.batch_size}."
+        "`batch_size` must be divisible by replicas * data_parallel * fsdp ="
+        f" {self.row_shards}, got {self.batch_size}."
       )
 
 
@@ -111,7 +110,7 @@ def build_data(config: Config, corpora: list[data.TextCorpus], train_step: Train
     train, weights=weights, batch_size=config.batch_size, seed=config.seed, **rows
   )
   validation = data.mix(validation, weights)
-  shards = config.replicas * config.data_parallel * config.fsdp
+  shards = config.row_shards
   size = min(config.batch_size, len(validation) // shards * shards)  # a short text has few
   if not size:
     raise ValueError(
@@ -154,9 +153,13 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
       stacked=jax.tree.map(bool, stacked),
       policy=dots if config.remat == "dots" else None,
     )
-  inner = config.data_parallel * config.fsdp
   mesh = make_mesh(
-    replica=len(devices) // inner, data=config.data_parallel, fsdp=config.fsdp, devices=devices
+    replica=len(devices) // config.devices_per_replica,
+    data=config.data_parallel,
+    fsdp=config.fsdp,
+    seq=config.seq_shards,
+    tensor=config.tensor,
+    devices=devices,
   )
   specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh)
   loss = build_loss(config, model)

@@ -33,6 +33,8 @@ class LlamaConfig:
   param_dtype: Literal["bfloat16", "float32"] = "float32"
   attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cuDNN where it applies
   remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
+  # With a mesh axis `tensor`: tokens are cut over it between blocks (arXiv 2205.05198).
+  sequence_parallel: bool = False
   scan_layers: bool = True  # False: unrolled, slower to compile
 
   def __post_init__(self):

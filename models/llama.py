@@ -11,14 +11,12 @@ axis L, which names leave out: `params["layers"]["q_DHC"]` is float32[L, D, H, C
 import functools
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcomm import _axes
-from models import _attention, losses, rope
+from models import _llama_layers, losses
 from models._llama_config import (
   LlamaConfig,
   llama3_2_1b,
@@ -31,9 +29,12 @@ from models._llama_config import (
   small,
   tiny,
 )
+from models._llama_layers import Partition
 from models.rope import Llama3RopeScaling
 from parallel.context import ContextParallel
-from parallel.sharding import call_with_auto_axes, gather_fsdp, shard_batch
+from parallel.mesh import TENSOR
+from parallel.sharding import call_with_auto_axes
+from parallel.tensor_parallel import is_cut
 
 __all__ = [
   "Llama3RopeScaling",
@@ -57,8 +58,6 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
-Partition = Callable[[Callable[..., Any]], Callable[..., Any]]
-Attend = Callable[..., jax.Array]
 
 
 class _Leaf(NamedTuple):
@@ -163,7 +162,8 @@ def apply(
   """Next-token logits.
 
   Args:
-    params: from `init`.
+    params: from `init`. In a region that is manual over the mesh axis `tensor`, which checks types,
+      this device's parts, of equal size along heads, feed-forward and vocabulary.
     tokens_BS: int ids in [0, V); host code checks the range, a gather would clamp.
     cfg: the config of `params`.
     positions: int32[B, S] for RoPE, default places in the sequence (0..S-1 without `context`). With
@@ -177,11 +177,17 @@ def apply(
       over its axis they are this device's, and so are the logits.
 
   Returns:
-    (float32[B, S, V] logits, aux), aux an empty dict in a dense model.
+    (float32[B, S, V] logits, aux), aux an empty dict in a dense model. Manual over `tensor` logits
+    are those of this device's part of V.
+
+  Wire, over `tensor` of size T: two all-reduces of [B, S, D] in `cfg.dtype` per layer forward, two
+  backward, each `2 (T - 1) / T` of its bytes per device; one more each way outside of the layers.
+  With `cfg.sequence_parallel` a reduce-scatter and an all-gather in place of each, the same bytes.
 
   Raises:
     ValueError: an argument has the wrong shape or dtype, the sequence exceeds `cfg.max_seq_len`,
-      `cfg.remat` is not "none" with a `partition`, or `cfg.attention` is "cudnn" with a `context`.
+      `cfg.remat` is not "none" with a `partition`, `cfg.attention` is "cudnn" with a `context`, or
+      `params` are parts whose types are not known.
 
   Example:
     >>> cfg = nano()
@@ -194,112 +200,26 @@ def apply(
     raise ValueError(f"`cfg.remat` must be 'none' with a `partition`, got {cfg.remat!r}.")
   if context is not None and cfg.attention == "cudnn":
     raise ValueError("`cfg.attention` must be 'auto' or 'xla' with a `context`, got 'cudnn'.")
-  axes = tuple(jax.typeof(tokens_BS).sharding.spec)[: 1 if context is None else 2]
+  if partition is None:
+    _check_parts(params, cfg)
   forward = functools.partial(
-    _forward, cfg=cfg, partition=partition or (lambda fn: fn), context=context
+    _llama_layers.forward, cfg=cfg, partition=partition or (lambda fn: fn), context=context
   )
   logits_BSV = call_with_auto_axes(
-    forward, params, tokens_BS, positions, segment_ids, out_spec=jax.P(*axes)
-  )
+    forward, params, tokens_BS, positions, segment_ids,
+    out_spec=_logits_spec(params, tokens_BS, cfg, context),
+  )  # fmt: skip
   return logits_BSV, {}
 
 
-def _forward(
-  params, tokens_BS, positions, segment_ids, cfg: LlamaConfig, partition: Partition, context
-):
-  if positions is None:
-    places_S = jnp.arange(tokens_BS.shape[1]) if context is None else context.positions(tokens_BS)
-    positions = places_S[None]
-  inv_A = rope.frequencies(cfg.head_size, cfg.rope_theta, cfg.rope_scaling)
-  cos_sin = rope.angles(positions, inv_A)
-  attend, visible = _kernel(tokens_BS.shape[1], segment_ids, cfg, context)
-
-  embed, output = (partition(functools.partial(fn, cfg=cfg)) for fn in (_embed, _logits))
-  run_layer = partition(functools.partial(_layer, cfg=cfg, attend=attend))
-
-  def body(x_BSD, layer):
-    return shard_batch(run_layer(layer, x_BSD, cos_sin, visible)), None
-
-  if cfg.remat != "none":
-    body = jax.checkpoint(body, policy=_REMAT_POLICY[cfg.remat], prevent_cse=False)
-  x_BSD = embed({"embed_VD": params["embed_VD"]}, tokens_BS)
-  x_BSD = shard_batch(_axes.vary_like(x_BSD, (params, cos_sin, visible)))
-  if cfg.scan_layers:
-    x_BSD, _ = jax.lax.scan(body, x_BSD, params["layers"])
-  else:
-    for i in range(cfg.num_layers):
-      x_BSD, _ = body(x_BSD, jax.tree.map(lambda p, i=i: p[i], params["layers"]))
-  head = "embed_VD" if cfg.tie_embeddings else "head_DV"
-  return output({name: params[name] for name in ("final_norm_D", head)}, x_BSD)
-
-
-def _kernel(seq_len, segment_ids, cfg: LlamaConfig, context: ContextParallel | None):
-  """`attend(q, k, v, visible)`, and `visible`: segment ids, a mask, or None, as it takes them."""
-  if context is not None:
-    return context.attention, segment_ids
-  packed = segment_ids is not None
-  if _attention.choose(cfg.attention, cfg.dtype, cfg.head_size, packed=packed) == "cudnn":
-    return lambda q, k, v, _: _attention.cudnn_attention(q, k, v), None
-  return _attention.attention, _attention.causal_mask(seq_len, segment_ids)
-
-
-def _embed(params, tokens_BS, cfg: LlamaConfig):
-  return gather_fsdp(params["embed_VD"].astype(cfg.dtype), 1)[tokens_BS]
-
-
-_REMAT_POLICY = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-def _layer(layer, x_BSD, cos_sin, visible, cfg: LlamaConfig, attend: Attend):
-  layer = jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
-  q_BSHC, k_BSKC, v_BSKC = _heads(_rms_norm(x_BSD, layer["attn_norm_D"], cfg), layer, cos_sin, cfg)
-  x_BSD = x_BSD + _merge_heads(attend(q_BSHC, k_BSKC, v_BSKC, visible), layer, cfg)
-  return x_BSD + _feed_forward(_rms_norm(x_BSD, layer["mlp_norm_D"], cfg), layer, cfg)
-
-
-def _heads(x_BSD, layer, cos_sin, cfg: LlamaConfig):
-  """Queries, keys and values, the first two turned to their positions."""
-  q_BSHC = jnp.einsum("bsd,dhc->bshc", x_BSD, layer["q_DHC"])
-  k_BSKC = jnp.einsum("bsd,dkc->bskc", x_BSD, layer["k_DKC"])
-  v_BSKC = jnp.einsum("bsd,dkc->bskc", x_BSD, layer["v_DKC"])
-  if cfg.attention_bias:
-    q_BSHC = q_BSHC + layer["q_bias_HC"][None, None]
-    k_BSKC = k_BSKC + layer["k_bias_KC"][None, None]
-    v_BSKC = v_BSKC + layer["v_bias_KC"][None, None]
-  return rope.rotate(q_BSHC, *cos_sin), rope.rotate(k_BSKC, *cos_sin), v_BSKC
-
-
-def _merge_heads(y_BSHC, layer, cfg: LlamaConfig):
-  y_BSD = jnp.einsum("bshc,hcd->bsd", y_BSHC, layer["o_HCD"])
-  return y_BSD + layer["o_bias_D"][None, None] if cfg.attention_bias else y_BSD
-
-
-def _feed_forward(x_BSD, layer, cfg: LlamaConfig):
-  x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])  # T = B S tokens: twice as fast as 3D on CPU
-  gate_TF = x_TD @ layer["gate_DF"]
-  up_TF = x_TD @ layer["up_DF"]
-  if cfg.mlp_bias:
-    gate_TF = gate_TF + layer["gate_bias_F"][None]
-    up_TF = up_TF + layer["up_bias_F"][None]
-  y_TD = (jax.nn.silu(gate_TF) * up_TF) @ layer["down_FD"]
-  y_TD = y_TD + layer["down_bias_D"][None] if cfg.mlp_bias else y_TD
-  return y_TD.reshape(x_BSD.shape)
-
-
-def _rms_norm(x_BSD, gain_D, cfg: LlamaConfig):
-  x32_BSD = x_BSD.astype(jnp.float32)
-  scale_BS1 = jax.lax.rsqrt(jnp.square(x32_BSD).mean(-1, keepdims=True) + cfg.rms_norm_eps)
-  # Cast before the gain, as the published weights were trained.
-  return (x32_BSD * scale_BS1).astype(x_BSD.dtype) * gain_D[None, None].astype(x_BSD.dtype)
-
-
-def _logits(params, x_BSD, cfg: LlamaConfig):
-  x_BSD = _rms_norm(x_BSD, params["final_norm_D"], cfg)
-  head_DV = params["embed_VD"].T if cfg.tie_embeddings else params["head_DV"]
-  return jnp.matmul(x_BSD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
+def _logits_spec(params, tokens_BS, cfg: LlamaConfig, context) -> jax.P:
+  """Over Explicit axes: rows and tokens as those of `tokens_BS`, V as the output matrix has it."""
+  rows, tokens = (*jax.typeof(tokens_BS).sharding.spec, None, None)[:2]
+  head = params["embed_VD" if cfg.tie_embeddings else "head_DV"]
+  if not hasattr(head, "shape"):  # a shard of a partition
+    return jax.P(rows)
+  vocab = (*jax.typeof(head).sharding.spec, None, None)[0 if cfg.tie_embeddings else 1]
+  return jax.P(rows, None if context is None else tokens, vocab)
 
 
 def loss(
@@ -342,21 +262,30 @@ def loss(
       f"`batch` must have the keys {sorted(_REQUIRED)} and may have {sorted(_OPTIONAL)}:"
       f" missing {sorted(missing)}, unknown {sorted(unknown)}."
     )
-  logits_BSV, aux = apply(
-    params,
-    batch["tokens"],
-    cfg,
-    positions=batch.get("positions"),
-    segment_ids=batch.get("segment_ids"),
-    partition=partition,
-    context=context,
-  )
-  value, loss_aux = losses.cross_entropy(
-    logits_BSV, batch["targets"], batch.get("loss_mask"), z_loss=z_loss
-  )
-  if context is not None:
-    value, loss_aux = _over_shards(value, loss_aux, batch["tokens"], context)
-  return value, aux | loss_aux
+
+  def objective(params, batch):
+    logits_BSV, aux = apply(
+      params,
+      batch["tokens"],
+      cfg,
+      positions=batch.get("positions"),
+      segment_ids=batch.get("segment_ids"),
+      partition=partition,
+      context=context,
+    )
+    value, loss_aux = losses.cross_entropy(
+      logits_BSV,
+      batch["targets"],
+      batch.get("loss_mask"),
+      z_loss=z_loss,
+      axis_name=TENSOR if logits_BSV.shape[-1] < cfg.vocab_size else None,
+    )
+    if context is not None:
+      value, loss_aux = _over_shards(value, loss_aux, batch["tokens"], context)
+    return value, aux | loss_aux
+
+  # As a whole, so that the logits, [B, S, V], are never laid out as a type would say.
+  return call_with_auto_axes(objective, params, batch, out_spec=jax.P())
 
 
 def _over_shards(value, aux, tokens_BS, context: ContextParallel):
@@ -369,6 +298,16 @@ def _over_shards(value, aux, tokens_BS, context: ContextParallel):
 
 _REQUIRED = frozenset(("tokens", "targets"))
 _OPTIONAL = frozenset(("segment_ids", "positions", "loss_mask"))
+
+
+def _check_parts(params: Params, cfg: LlamaConfig) -> None:
+  """Raises ValueError if `params` are parts of weights and their types do not say of what."""
+  table_VD = params["embed_VD"]
+  if table_VD.shape[0] != cfg.vocab_size and not is_cut(table_VD):
+    raise ValueError(
+      f"`params` must be whole, or parts in a region that is manual over '{TENSOR}' and checks"
+      f" types (`check_vma`): embed_VD has {table_VD.shape[0]} of {cfg.vocab_size} rows."
+    )
 
 
 def _check_inputs(tokens, cfg, positions, segment_ids, context):

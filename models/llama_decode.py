@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models import _attention, llama, rope
+from models import _attention, _llama_layers, llama, rope
 from parallel.sharding import call_with_auto_axes
 
 
@@ -102,17 +102,17 @@ def _forward(params, tokens_BS, cache: KVCache, num_tokens_B, cfg: llama.LlamaCo
   def body(x_BSD, layer_and_cache):
     layer, k_BTKC, v_BTKC = layer_and_cache
     layer = jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
-    normed = llama._rms_norm(x_BSD, layer["attn_norm_D"], cfg)
-    q_BSHC, k_BSKC, v_BSKC = llama._heads(normed, layer, cos_sin, cfg)
+    normed = _llama_layers.rms_norm(x_BSD, layer["attn_norm_D"], cfg)
+    q_BSHC, k_BSKC, v_BSKC = _llama_layers.heads(normed, layer, cos_sin, cfg)
     k_BTKC, v_BTKC = _write(k_BTKC, k_BSKC, position_BS), _write(v_BTKC, v_BSKC, position_BS)
     y_BSHC = _attention.attention(q_BSHC, k_BTKC, v_BTKC, mask[:, None, None])
-    x_BSD = x_BSD + llama._merge_heads(y_BSHC, layer, cfg)
-    normed = llama._rms_norm(x_BSD, layer["mlp_norm_D"], cfg)
-    return x_BSD + llama._feed_forward(normed, layer, cfg), (k_BTKC, v_BTKC)
+    x_BSD = x_BSD + _llama_layers.merge_heads(y_BSHC, layer, cfg)
+    normed = _llama_layers.rms_norm(x_BSD, layer["mlp_norm_D"], cfg)
+    return x_BSD + _llama_layers.feed_forward(normed, layer, cfg), (k_BTKC, v_BTKC)
 
-  x_BSD = llama._embed(params, tokens_BS, cfg)
+  x_BSD = _llama_layers.embed(params, tokens_BS, cfg)
   x_BSD, (k, v) = jax.lax.scan(body, x_BSD, (params["layers"], cache.keys, cache.values))
-  logits_BSV = llama._logits(params, x_BSD, cfg)
+  logits_BSV = _llama_layers.logits(params, x_BSD, cfg)
   logits_BSV = jnp.where((position_BS < room)[:, :, None], logits_BSV, jnp.nan)
   return logits_BSV, KVCache(k, v, cache.length + num_tokens_B)
 

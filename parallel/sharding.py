@@ -6,17 +6,17 @@ from typing import Any
 
 import jax
 
-from parallel.mesh import DATA, FSDP, REPLICA
+from parallel.mesh import DATA, FSDP, REPLICA, SEQ, TENSOR
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 """Mesh axis, or axes, over which each logical axis of a model is sharded; None: not sharded."""
 
 DEFAULT_RULES: Rules = {
   "embed": FSDP,
-  "vocab": None,
-  "mlp": None,
-  "heads": None,
-  "kv_heads": None,
+  "vocab": TENSOR,
+  "mlp": TENSOR,
+  "heads": TENSOR,
+  "kv_heads": TENSOR,
   "head_dim": None,
   "layers": None,
   "norm": None,  # small vectors: sharding them saves nothing and costs a collective each
@@ -97,14 +97,19 @@ def named_shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
 
 
 def batch_spec(mesh: jax.sharding.Mesh) -> jax.P:
-  """Spec of a batch: dimension 0 over those of (replica, data, fsdp) that `mesh` has.
+  """Spec of a batch [B, S]: rows over those of (replica, data, fsdp) that `mesh` has, tokens over
+  `seq` where that is larger than 1.
 
   Example:
     >>> batch_spec(jax.sharding.AbstractMesh((1, 4), ("replica", "fsdp")))
     P(('replica', 'fsdp'),)
+    >>> batch_spec(jax.sharding.AbstractMesh((4, 2), ("data", "seq")))
+    P(('data',), 'seq')
   """
-  axes = tuple(axis for axis in (REPLICA, DATA, FSDP) if axis in mesh.shape)
-  return jax.P(axes) if axes else jax.P()
+  rows = tuple(axis for axis in (REPLICA, DATA, FSDP) if axis in mesh.shape)
+  if mesh.shape.get(SEQ, 1) > 1:
+    return jax.P(rows or None, SEQ)
+  return jax.P(rows) if rows else jax.P()
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxcomm.training._cluster import join, launched_processes
-from jaxcomm.training._launch import RunConfig
+from jaxcomm.training._launch import REPLICA_SIZES, RunConfig
 
 
 def start_devices(config: RunConfig) -> list[Any]:
@@ -20,20 +20,20 @@ def start_devices(config: RunConfig) -> list[Any]:
   given another folder.
 
   Returns:
-    Devices for the mesh: one for each place on `replicas * data_parallel * fsdp`, those of one
-    process together; or only `data_parallel * fsdp`, on which the replicas are then stacked.
+    Devices for the mesh: one for each of `replicas * config.devices_per_replica` places, those of
+    one process together; or only those of one replica, on which all are then stacked.
 
   Raises:
-    ValueError: there are too few devices even for stacked replicas, or the processes cannot share
-      the mesh evenly.
+    ValueError: there are too few devices even for stacked replicas, replicas whose sequences are
+      cut would be stacked, or the processes cannot share the mesh evenly.
   """
-  inner = config.data_parallel * config.fsdp
+  inner = config.devices_per_replica
   needed = config.replicas * inner
   processes = config.num_processes or launched_processes()
-  _check_shares(needed, processes)
+  _check_shares(config, needed, processes)
   _before_start(needed // processes, config)
   processes = jax.process_count()  # a TPU pod counts its hosts itself
-  _check_shares(needed, processes)
+  _check_shares(config, needed, processes)
   if processes > 1 and config.max_devices is not None and config.max_devices < needed:
     raise ValueError(
       f"`max_devices` = {config.max_devices} would stack replicas, which needs one process, got"
@@ -45,23 +45,35 @@ def start_devices(config: RunConfig) -> list[Any]:
     return devices
   if processes > 1:
     raise ValueError(
-      f"`replicas` * `data_parallel` * `fsdp` = {needed} must not exceed the {len(devices)} devices"
-      f" of {processes} processes: replicas are stacked only within one process."
+      f"{_sizes(config, 'replicas')} = {needed} must not exceed the {len(devices)} devices of"
+      f" {processes} processes: replicas are stacked only within one process."
     )
   if len(devices) < inner:
     raise ValueError(
-      f"`data_parallel` * `fsdp` = {inner} must not exceed the devices, got {len(devices)}"
+      f"{_sizes(config)} = {inner} must not exceed the devices, got {len(devices)}"
       f" ({devices[0].device_kind})."
+    )
+  if config.seq_shards > 1:
+    raise ValueError(
+      f"`seq_shards` = {config.seq_shards} needs a device for each of"
+      f" {_sizes(config, 'replicas')} = {needed} places, got"
+      f" {len(devices)}: replicas with cut sequences cannot be stacked."
     )
   return devices[:inner]
 
 
-def _check_shares(needed: int, processes: int) -> None:
+def _check_shares(config: RunConfig, needed: int, processes: int) -> None:
   if needed % processes:
     raise ValueError(
-      f"`replicas` * `data_parallel` * `fsdp` = {needed} must be a multiple of the number of"
-      f" processes, got {processes}."
+      f"{_sizes(config, 'replicas')} = {needed} must be a multiple of the number of processes, got"
+      f" {processes}."
     )
+
+
+def _sizes(config: RunConfig, *names: str) -> str:
+  """The flags, of `names` and of one replica, whose product is a number of devices above 1."""
+  larger = [name for name in (*names, *REPLICA_SIZES) if getattr(config, name) > 1]
+  return " * ".join(f"`{name}`" for name in larger)
 
 
 def _of_each_process(devices: Sequence[Any], count: int) -> list[Any]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import re
 import sys
@@ -31,7 +32,7 @@ class RunConfig:
     (
       "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep", "log_every",
       "max_devices", "num_processes", "out", "process_id", "profile_steps", "replica_change",
-      "resume", "save_every", "steps", "tensorboard", "wandb",
+      "resume", "save_every", "seq_shards", "steps", "tensor", "tensorboard", "wandb",
     )
   )  # fmt: skip
 
@@ -45,6 +46,10 @@ class RunConfig:
   """devices per replica that share its batch"""
   fsdp: int = 1
   """devices per replica that share its batch and its parameters"""
+  seq_shards: int = 1
+  """devices that share the tokens of each sequence"""
+  tensor: int = 1
+  """devices that share heads, feed-forward and vocabulary of each layer"""
   out: str | None = None
   """run folder: metrics, checkpoints, plot"""
   resume: bool = False
@@ -77,7 +82,7 @@ class RunConfig:
   """number of this process, from 0"""
 
   def __post_init__(self):
-    for name in ("steps", "replicas", "data_parallel", "fsdp"):
+    for name in ("steps", "replicas", *REPLICA_SIZES):
       if getattr(self, name) < 1:
         raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
     for name in ("seed", "log_every", "eval_every", "save_every"):
@@ -110,6 +115,19 @@ class RunConfig:
         f"`process_id` must be in [0, `num_processes`={self.num_processes}), got {self.process_id}."
       )
 
+  @property
+  def devices_per_replica(self) -> int:
+    """Places on the mesh of one replica."""
+    return math.prod(getattr(self, name) for name in REPLICA_SIZES)
+
+  @property
+  def row_shards(self) -> int:
+    """Parts into which the rows of a batch are cut."""
+    return self.replicas * self.data_parallel * self.fsdp
+
+
+# Flags whose product is the number of devices of one replica.
+REPLICA_SIZES = ("data_parallel", "fsdp", "seq_shards", "tensor")
 
 # Of one start, not of the run: another start may have other processes.
 _NEVER_KEPT = frozenset(

@@ -60,6 +60,11 @@ class Layout:
   shapes: TrainState
 
   @property
+  def row_axes(self) -> tuple[str, ...]:
+    """Mesh axes that cut the rows of a batch: along the others devices work on the same rows."""
+    return tuple(a for a in self.mesh.axis_names if a not in ("stage", "seq", "tensor"))
+
+  @property
   def stacked(self) -> bool:
     """Whether replicas share devices (`jax.vmap`) instead of having their own."""
     return self.mesh.shape["replica"] != self.num_replicas
@@ -169,17 +174,16 @@ class Layout:
     return call
 
   def _split_rows(self, x: jax.Array) -> jax.Array:
-    """[rows, ...] to [R, rows / R, ...], each replica's rows spread over all devices.
+    """[rows, ...] to [R, rows / R, ...], each replica's rows spread over the devices.
 
     Without the constraint the compiler would give whole replicas to devices, and gather their
     parameters and optimizer states in every step.
     """
     x = x.reshape(self.num_replicas, -1, *x.shape[1:])
-    if x.shape[1] % self.mesh.size:
+    spec = P(None, self.row_axes)
+    if not _shards.divides(spec, x.shape, self.mesh):
       return x
-    return jax.lax.with_sharding_constraint(
-      x, jax.NamedSharding(self.mesh, P(None, self.mesh.axis_names))
-    )
+    return jax.lax.with_sharding_constraint(x, jax.NamedSharding(self.mesh, spec))
 
 
 def init_state(

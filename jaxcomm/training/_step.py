@@ -1,10 +1,11 @@
 """From a loss, an optax transform and a mesh to one compiled training step.
 
 The step is manual over `replica` only: there the transform decides what crosses the slow link.
-Everything else (`data`, `fsdp`) is left to the compiler through shardings.
+Everything else (`data`, `fsdp`, `seq`, `tensor`) is left to the compiler through shardings.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,10 @@ class TrainStep:
 
   @property
   def batch_sharding(self) -> jax.sharding.NamedSharding:
-    """Of every leaf of a batch: rows over all axes of the mesh."""
-    return jax.NamedSharding(self.layout.mesh, P(self.layout.mesh.axis_names))
+    """Of every leaf of a batch: rows over `Layout.row_axes`, tokens over `seq` if it is cut."""
+    mesh = self.layout.mesh
+    tokens = ("seq",) if mesh.shape.get("seq", 1) > 1 else ()
+    return jax.NamedSharding(mesh, P(self.layout.row_axes, *tokens))
 
   def abstract_batch(self, batch: Any) -> Any:
     """`jax.ShapeDtypeStruct`s like `batch`, with its sharding."""
@@ -78,16 +81,18 @@ class TrainStep:
     """`row_start` and `row_count`: the rows of a global batch that this process reads.
 
     Raises:
-      ValueError: `batch_size` is not divisible by devices and replicas, or the rows of this process
-        are not neighbours (order the devices by process).
+      ValueError: `batch_size` is not divisible by the parts into which the mesh cuts rows and by
+        replicas, or the rows of this process are not neighbours (order the devices by process).
     """
-    devices, replicas = self.layout.mesh.size, self.layout.num_replicas
-    if batch_size < 1 or batch_size % devices or batch_size % replicas:
+    mesh, replicas = self.layout.mesh, self.layout.num_replicas
+    shards = math.prod(mesh.shape[axis] for axis in self.layout.row_axes)
+    if batch_size < 1 or batch_size % shards or batch_size % replicas:
       raise ValueError(
-        f"`batch_size` must be a positive number divisible by the {devices} devices"
-        f" and the {replicas} replicas, got {batch_size}."
+        f"`batch_size` must be a positive number divisible by the {shards} devices that share its"
+        f" rows and the {replicas} replicas, got {batch_size}."
       )
-    parts: Any = self.batch_sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows_only = jax.NamedSharding(mesh, P(self.layout.row_axes))
+    parts: Any = rows_only.addressable_devices_indices_map((batch_size,)).values()
     rows = sorted({i for (part,) in parts for i in range(*part.indices(batch_size))})
     if rows[-1] - rows[0] + 1 != len(rows):
       raise ValueError(f"the rows of this process must be neighbours in `mesh`, got {rows}.")
@@ -118,7 +123,8 @@ def make_train_step(
       scalars (`tokens`, the number of targets, weights the evaluation).
     init_params: `key -> params`, traceable.
     tx: transform that averages over `replica` (`pmean_over`, `diloco`, ...).
-    mesh: with an axis `replica`; the other axes shard batch and parameters.
+    mesh: with an axis `replica`; the other axes shard batch and parameters: rows of a batch over
+      all but `stage`, `seq` and `tensor`, tokens over `seq`.
     param_specs: a `PartitionSpec` per parameter over the other axes; default replicated.
     num_replicas: default the size of the mesh axis. More, with a mesh axis of size 1, stacks the
       replicas on the devices under `jax.vmap`.

@@ -154,5 +154,5 @@ def _update_report(
     return jnp.stack(sums).sum(), {}
 
   update = make_train_step(quadratic, init_params, tx, mesh, param_specs=layout.param_specs)
-  rows = jax.ShapeDtypeStruct((mesh.size,), jnp.float32)
+  rows = jax.ShapeDtypeStruct((mesh.size, mesh.size), jnp.float32)  # any axis divides them
   return collective_bytes(update.compile(rows), mesh)

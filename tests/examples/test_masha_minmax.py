@@ -106,7 +106,7 @@ def test_dense_extragradient_and_an_evaluation(solve):
 BAD = [
   ({"keep_ratio": 1.0}, r"`keep_ratio` must be in \(0, 1\), got 1.0"),
   ({"size": 0}, "`size` must be at least 1, got 0"),
-  ({"fsdp": 2}, "`data_parallel` and `fsdp` must be 1 .* got 1 and 2"),
+  ({"tensor": 2}, "a replica must have 1 device .* got `data_parallel` = 1, .* `tensor` = 2"),
   ({"lr": 0.0}, "`learning_rate` must be positive and finite, got 0.0"),
   ({"tau": 1.0}, r"`tau` must be in \[0, 1\), got 1.0"),
   ({"method": "masha1", "compressor": "top_k"}, "`compressor` must be unbiased .* see masha2"),

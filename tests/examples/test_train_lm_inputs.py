@@ -60,7 +60,7 @@ def test_wrong_flags(fails, tiny_flags, argv, message):
 def test_more_devices_than_there_are(fails, tiny_flags):
   code, line = fails(*tiny_flags, "--fsdp", "16", "--batch-size", "32")
   assert code == 1
-  assert "`data_parallel` * `fsdp` = 16 must not exceed the devices, got 8" in line
+  assert "`fsdp` = 16 must not exceed the devices, got 8" in line
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def _eight_devices():
 def test_one_device_per_place_on_the_mesh():
   assert start_devices(RunConfig(replicas=2, fsdp=2)) == jax.devices()[:4]
   assert start_devices(RunConfig(replicas=2, data_parallel=2, fsdp=2)) == jax.devices()[:8]
+  assert start_devices(RunConfig(replicas=2, seq_shards=2, tensor=2)) == jax.devices()[:8]
 
 
 def test_fewer_devices_than_places_stack_the_replicas():
@@ -36,6 +37,12 @@ def test_fewer_devices_than_places_stack_the_replicas():
 def test_too_few_devices_for_one_replica():
   with pytest.raises(ValueError, match=r"`data_parallel` \* `fsdp` = 4 must not exceed .* got 3"):
     start_devices(RunConfig(replicas=2, data_parallel=2, fsdp=2, max_devices=3))
+
+
+def test_replicas_with_cut_sequences_are_not_stacked():
+  message = r"`seq_shards` = 2 needs .* `replicas` \* `seq_shards` = 8 places, got 2: .* stacked"
+  with pytest.raises(ValueError, match=message):
+    start_devices(RunConfig(replicas=4, seq_shards=2, max_devices=2))
 
 
 def test_processes_must_share_the_devices_evenly():

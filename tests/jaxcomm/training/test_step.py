@@ -298,8 +298,15 @@ def test_rows_of_this_process():
     with pytest.raises(ValueError, match=rf"`batch_size` must be .*4 devices.*got {bad}"):
       ts.local_rows(bad)
   stacked = make_step(optax.sgd(0.1), (1, 1, 1), num_replicas=4)
-  with pytest.raises(ValueError, match=r"1 devices and the 4 replicas, got 6"):
+  with pytest.raises(ValueError, match=r"1 devices that share its rows and the 4 replicas, got 6"):
     stacked.local_rows(6)
+
+
+def test_devices_of_a_sequence_or_a_matrix_share_rows():
+  mesh = make_mesh((2, 2, 2), names=("replica", "seq", "tensor"))
+  ts = make_train_step(loss_fn, init_params, optax.sgd(0.1), mesh)
+  assert ts.batch_sharding.spec == P(("replica",), "seq")
+  assert ts.local_rows(2) == {"row_start": 0, "row_count": 2}
 
 
 def test_rejects_a_mesh_without_replicas():
