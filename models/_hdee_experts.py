@@ -103,13 +103,13 @@ def branch(train_step: TrainStep, params: Any) -> TrainStep:
   """`train_step` whose training starts from `params`, its parent's, with a fresh optimizer.
 
   Args:
-    train_step: from `jaxcomm.training.make_train_step`.
+    train_step: from `jaxcomm.training.make_train_step` or `parallel.make_zero_step`.
     params: tree like one replica's parameters.
 
   Raises:
     ValueError: `params` are those of a model of another size.
   """
-  layout = train_step.layout
+  layout = train_step.logical_layout
   stacked = layout.varying.params
 
   def logical(shape, varies):
@@ -123,7 +123,11 @@ def branch(train_step: TrainStep, params: Any) -> TrainStep:
     lambda key, params: layout.stack(init_state(lambda _: params, train_step.tx, key)),
     out_shardings=layout.shardings,
   )
-  return dataclasses.replace(train_step, init=lambda key: start(key, params))
+
+  def init(key):
+    return train_step.from_logical(start(key, params))
+
+  return dataclasses.replace(train_step, init=init)
 
 
 def merge_average(params_list: Sequence[Any], weights: Sequence[float] | None = None) -> Any:

@@ -94,12 +94,22 @@ def _check_index(folder: pathlib.Path, where: Mapping[str, Any]) -> None:
     )
 
 
+def is_written(name: str) -> bool:
+  """Whether `write_folder` itself writes files of this name, or it is no name in a folder."""
+  return (
+    pathlib.PurePath(name).name != name
+    or name in ("config.json", INDEX)
+    or name.endswith(".safetensors")
+  )
+
+
 def write_folder(
   path: pathlib.Path,
   config: Mapping[str, Any],
   shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
   tensor: Callable[[str], np.ndarray],
   *,
+  files: Mapping[str, pathlib.Path],
   max_file_bytes: int,
   write: bool = True,
 ) -> None:
@@ -110,24 +120,27 @@ def write_folder(
     config: for config.json.
     shapes: (shape, dtype) of each tensor.
     tensor: makes the tensor of a name; at most one file's are held at a time.
+    files: name to a file that is copied.
     max_file_bytes: of the tensors of one file, unless it holds only one.
     write: False calls `tensor` for all and writes nothing: the other processes of a job.
   """
-  files = _plan(shapes, max_file_bytes)
+  plan = _plan(shapes, max_file_bytes)
   part = path.with_name(f".{path.name}.writing")
   if write:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-  for name, tensors in files.items():
+    for name, source in files.items():
+      shutil.copyfile(source, part / name)
+  for name, tensors in plan.items():
     arrays = {key: tensor(key) for key in tensors}
     if write:
       _write_file(part / name, arrays)
   if not write:
     return
-  if len(files) > 1:
+  if len(plan) > 1:
     total = sum(_num_bytes(*shapes[name]) for name in shapes)
-    weight_map = {key: name for name, tensors in files.items() for key in tensors}
+    weight_map = {key: name for name, tensors in plan.items() for key in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (part / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
   if path.exists():

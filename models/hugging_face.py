@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import pathlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -118,6 +119,38 @@ def load_hf(
     >>> arch.apply(params, jnp.zeros((1, 4), int), cfg)[0].shape
     (1, 4, 512)
   """
+  reader, cfg, tensors = _open(path, param_dtype)
+  return (
+    llama,
+    cfg,
+    jax.tree.map(
+      lambda tensor, sharding: _load_leaf(reader, tensor, sharding, cfg),
+      tensors,
+      _shardings(cfg, mesh, rules),
+      is_leaf=lambda x: isinstance(x, _Tensor),
+    ),
+  )
+
+
+def load_hf_config(path: str | pathlib.Path) -> tuple[ModuleType, llama.LlamaConfig]:
+  """What `load_hf` returns but for the parameters, of which only names and shapes are read.
+
+  Raises: as `load_hf`.
+
+  Example:
+    >>> import tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+    >>> save_hf(llama.init(jax.random.key(0), llama.nano()), llama.nano(), folder)
+    >>> load_hf_config(folder)[1].hidden_size
+    64
+  """
+  return llama, _open(path, None)[1]
+
+
+def _open(
+  path: str | pathlib.Path, param_dtype: str | None
+) -> tuple[_safetensors.Reader, llama.LlamaConfig, Params]:
+  """The files of a folder, the config, and a `_Tensor` for every parameter: all checked."""
   path = pathlib.Path(path)
   _refuse_meta_folder(path)
   if not (path / "config.json").is_file():
@@ -132,16 +165,7 @@ def load_hf(
   cfg = dataclasses.replace(cfg, param_dtype=param_dtype or _stored_dtype(reader))
   tensors = _tensors(cfg)
   _check_tensors(reader, tensors, cfg)
-  return (
-    llama,
-    cfg,
-    jax.tree.map(
-      lambda tensor, sharding: _load_leaf(reader, tensor, sharding, cfg),
-      tensors,
-      _shardings(cfg, mesh, rules),
-      is_leaf=lambda x: isinstance(x, _Tensor),
-    ),
-  )
+  return reader, cfg, tensors
 
 
 def _shardings(cfg, mesh, rules) -> Any:
@@ -220,6 +244,8 @@ def save_hf(
   cfg: llama.LlamaConfig,
   path: str | pathlib.Path,
   *,
+  entries: Mapping[str, Any] | None = None,
+  files: Mapping[str, pathlib.Path] | None = None,
   max_file_bytes: int = 5_000_000_000,
 ) -> None:
   """Writes a folder that transformers and `load_hf` read; bit for bit what `params` hold.
@@ -231,10 +257,13 @@ def save_hf(
     params: from `init`, `load_hf` or a training, in `cfg.param_dtype`; sharded or not.
     cfg: their config.
     path: a folder that does not exist yet, or is empty.
+    entries: more of config.json, which `cfg` does not say: {"eos_token_id": 2}.
+    files: name in the folder to a file that is copied there, such as a tokenizer.json.
     max_file_bytes: of tensors in one file; beyond, there are several and an index.
 
   Raises:
-    ValueError: `params` are not those of `cfg`, or `max_file_bytes` is below 1.
+    ValueError: `params` are not those of `cfg`, `entries` or `files` have what is written anyway,
+      or `max_file_bytes` is below 1.
     FileExistsError: there is something in `path`.
   """
   path = pathlib.Path(path)
@@ -243,24 +272,30 @@ def save_hf(
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise FileExistsError(f"`path` must not exist or be an empty folder, got {path}.")
   _check_params(params, cfg)
-  entries = {}  # name in the file: (_Tensor, leaf, layer or None)
+  config = _llama_hf.config_to_hf(cfg)
+  if taken := sorted(config.keys() & (entries or {})):
+    raise ValueError(f"`entries` must not have what `cfg` says, got {taken}.")
+  if taken := [name for name in files or {} if _safetensors.is_written(name)]:
+    raise ValueError(f"`files` must be neither config.json nor tensors, got {taken}.")
+  tensors = {}  # name in the file: (_Tensor, leaf, layer or None)
   for key, tensor in _tensors(cfg).items():
     for leaf_key, leaf_tensor in tensor.items() if key == "layers" else ((key, tensor),):
       leaf = params["layers"][leaf_key] if key == "layers" else params[key]
       for i, name in enumerate(leaf_tensor.names):
-        entries[name] = (leaf_tensor, leaf, i if leaf_tensor.stacked else None)
+        tensors[name] = (leaf_tensor, leaf, i if leaf_tensor.stacked else None)
 
   def tensor_of(name):
-    tensor, leaf, layer = entries[name]
+    tensor, leaf, layer = tensors[name]
     return tensor.to_file(_on_host(leaf if layer is None else leaf[layer]))
 
   dtype = _safetensors.numpy_dtype(cfg.param_dtype)
-  names = sorted(entries, key=lambda name: [int(p) if p.isdigit() else -1 for p in name.split(".")])
+  names = sorted(tensors, key=lambda name: [int(p) if p.isdigit() else -1 for p in name.split(".")])
   _safetensors.write_folder(
     path,
-    _llama_hf.config_to_hf(cfg),
-    {name: (entries[name][0].file_shape(), dtype) for name in names},
+    {**config, **(entries or {})},
+    {name: (tensors[name][0].file_shape(), dtype) for name in names},
     tensor_of,
+    files=files or {},
     max_file_bytes=max_file_bytes,
     write=jax.process_index() == 0,
   )

@@ -77,6 +77,26 @@ def test_saved_folders_hold_the_same_bytes(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_a_saved_folder_takes_further_entries_and_files(tmp_path):
+  _, cfg, params = load("mha")
+  (tmp_path / "words").write_text("some")
+  files = {"tokenizer.json": tmp_path / "words"}
+  models.save_hf(params, cfg, tmp_path / "out", entries={"eos_token_id": 7}, files=files)
+  assert (tmp_path / "out" / "tokenizer.json").read_text() == "some"
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
+  assert models.load_hf_config(tmp_path / "out") == (llama, cfg)
+  with pytest.raises(
+    ValueError, match="`entries` must not have what `cfg` says, got"
+  ):
+    models.save_hf(params, cfg, tmp_path / "bad", entries={"head_dim": 7})
+  for name in ("config.json", "model.safetensors", "a/b"):
+    with pytest.raises(ValueError, match=r"`files` must be neither config\.json nor"):
+      models.save_hf(params, cfg, tmp_path / "bad", files={name: tmp_path / "words"})
+  with pytest.raises(FileNotFoundError):
+    models.save_hf(params, cfg, tmp_path / "bad", files={"words": tmp_path / "none"})
+  assert not (tmp_path / "bad").exists()
+
+
 def test_loads_onto_a_mesh_what_one_device_holds():
   mesh = make_mesh(fsdp=4)
   rules = {**DEFAULT_RULES, "embed": "fsdp"}
