@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from parallel.sharding import on_batch_shards
+from parallel.sharding import on_batch_and_head_shards
 
 Implementation = Literal["xla", "cudnn"]
 _LOG = logging.getLogger(__name__)
@@ -103,13 +103,13 @@ def _kernel(q_BSHC, k_BTKC, v_BTKC):
 
 @jax.custom_vjp
 def _sharded_kernel(q_BSHC, k_BTKC, v_BTKC):
-  """The kernel on each device's rows.
+  """The kernel on each device's rows and heads.
 
   JAX 0.10 can neither partition the kernel in a region that is manual over some axes, nor
   differentiate a region within it that is manual over the others. So both passes are such regions,
   at the price of the forward kernel once more in the backward pass.
   """
-  return on_batch_shards(_kernel, q_BSHC, k_BTKC, v_BTKC)
+  return on_batch_and_head_shards(_kernel, q_BSHC, k_BTKC, v_BTKC)
 
 
 def _sharded_forward(q_BSHC, k_BTKC, v_BTKC):
@@ -121,7 +121,7 @@ def _sharded_backward(inputs, grad_BSHC):
     *inputs, grad_BSHC = inputs_and_grad
     return jax.vjp(_kernel, *inputs)[1](grad_BSHC)
 
-  return on_batch_shards(local, *inputs, grad_BSHC)
+  return on_batch_and_head_shards(local, *inputs, grad_BSHC)
 
 
 _sharded_kernel.defvjp(_sharded_forward, _sharded_backward)

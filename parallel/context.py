@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxcomm import _axes
 from parallel.allgather_attention import allgather_attention
-from parallel.mesh import DATA, FSDP, REPLICA, SEQ
+from parallel.mesh import DATA, FSDP, REPLICA, SEQ, TENSOR
 from parallel.ring_attention import ring_attention
 from parallel.sequence_layout import Layout, check_layout, context_permutation, shard_tokens
 from parallel.ulysses import ulysses_attention
@@ -33,7 +33,7 @@ class ContextParallel:
   In a region that is manual over `axis_name` (`jax.shard_map`) arrays are this device's tokens.
   Elsewhere, under `jax.jit` on a mesh where the axis is automatic, they are the whole sequence in
   the order of `context_permutation`, sharded over the axis; attention then opens a region of its
-  own in each pass, over the axis and those of the batch.
+  own in each pass, over the axis, those of the batch, and `tensor`, which cuts heads.
 
   Raises:
     ValueError: an unknown method or layout, or a `granularity` that does not fit.
@@ -108,7 +108,9 @@ class ContextParallel:
     rows = [a for a in (REPLICA, DATA, FSDP) if a in mesh.auto_axes and a != self.axis_name]
     if q.shape[0] % math.prod(mesh.shape[a] for a in rows):
       rows = []
-    return _on_shards(_Region(attend, mesh, tuple(rows), self.axis_name), q, k, v, segment_ids)
+    heads = [a for a in (TENSOR,) if a in mesh.auto_axes and k.shape[2] % mesh.shape[a] == 0]
+    region = _Region(attend, mesh, tuple(rows), self.axis_name, tuple(heads))
+    return _on_shards(region, q, k, v, segment_ids)
 
   def _mesh(self, x) -> Any:
     """The mesh on which the axis is the compiler's; None where it is manual (or of `jax.vmap`)."""
@@ -123,22 +125,28 @@ class ContextParallel:
 
 @dataclasses.dataclass(frozen=True)
 class _Region:
-  """A region that is manual over the axes of rows and tokens."""
+  """A region that is manual over the axes of rows, tokens and heads."""
 
   attend: Any
   mesh: Any
   rows: tuple[str, ...]
   tokens: str
+  heads: tuple[str, ...]
+
+  @property
+  def ids(self) -> jax.P:
+    """Of segment ids."""
+    return jax.P(self.rows, self.tokens)
 
   @property
   def spec(self) -> jax.P:
-    """Of queries, keys, values, ids and output."""
-    return jax.P(self.rows, self.tokens)
+    """Of queries, keys, values and output."""
+    return jax.P(self.rows, self.tokens, self.heads)
 
   @property
   def stacked(self) -> jax.P:
     """Of arrays with an axis of devices in front."""
-    return jax.P((*self.rows, self.tokens))
+    return jax.P((*self.rows, self.tokens, *self.heads))
 
   def run(self, fn, in_specs, out_specs, *args):
     """`fn(*args)` on shards; its results differ wherever an argument does.
@@ -151,7 +159,7 @@ class _Region:
       # A product forgets, as all else in an unchecked region does, that it differs outside.
       return fn(*jax.tree.map(lambda x: x * jnp.ones((), x.dtype), args))
 
-    axes = {*self.rows, self.tokens}
+    axes = {*self.rows, self.tokens, *self.heads}
     manual = jax.shard_map(
       local,
       mesh=self.mesh,
@@ -175,7 +183,7 @@ def _on_shards(region: _Region, q, k, v, ids):
   def local(q, k, v, ids):
     return region.attend(q, k, v, segment_ids=ids)
 
-  return region.run(local, region.spec, region.spec, q, k, v, ids)
+  return region.run(local, (*(region.spec,) * 3, region.ids), region.spec, q, k, v, ids)
 
 
 def _on_shards_forward(region, q, k, v, ids):
@@ -187,7 +195,8 @@ def _on_shards_forward(region, q, k, v, ids):
     structures.append(structure)
     return out, [x[None] for x in kept]
 
-  out, kept = region.run(local, region.spec, (region.spec, region.stacked), q, k, v, ids)
+  specs = (*(region.spec,) * 3, region.ids)
+  out, kept = region.run(local, specs, (region.spec, region.stacked), q, k, v, ids)
   return out, jax.tree.unflatten(structures[-1], kept)
 
 

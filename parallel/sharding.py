@@ -139,23 +139,26 @@ def gather_fsdp(x: jax.Array, dim: int) -> jax.Array:
   return _constrain(x, jax.P(*dims))
 
 
-def on_batch_shards(fn: Callable[..., Any], *args: jax.Array) -> Any:
-  """`fn(*args)` on each device's rows (dimension 0) of arrays that are sharded like a batch.
+def on_batch_and_head_shards(fn: Callable[..., Any], *args: jax.Array) -> Any:
+  """`fn(*args)` on each device's rows and heads of arrays [B, S, heads, C].
 
-  For kernels that the compiler does not partition: `fn` is manual over all automatic axes. Where
-  the axes do not divide the rows each device takes all of them. It is `fn(*args)` where the
-  arrays are on no mesh.
+  For kernels that the compiler does not partition: `fn` is manual over all automatic axes. Rows are
+  cut as a batch is, heads over `tensor`; where the axes do not divide them each device takes all. It
+  is `fn(*args)` where the arrays are on no mesh.
 
   Args:
-    fn: row by row, returns arrays with the same dimension 0.
-    args: arrays of equal dimension 0.
+    fn: row by row and head by head, returns arrays cut alike.
+    args: arrays of equal B; numbers of heads may be multiples of each other.
   """
   mesh = _mesh(args[0])
   if not mesh.auto_axes:
     return fn(*args)
   axes = _auto_batch_axes(args[0])
   divides = args[0].shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0
-  spec = jax.P(axes) if axes and divides else jax.P()
+  heads = TENSOR if TENSOR in mesh.auto_axes else None
+  if heads and any(x.shape[2] % mesh.shape[heads] for x in args):
+    heads = None
+  spec = jax.P(axes if axes and divides else None, None, heads)
   manual = jax.shard_map(
     fn,
     mesh=mesh,
