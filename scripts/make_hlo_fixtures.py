@@ -8,10 +8,6 @@ The texts are the fixtures of `tests/jaxcomm/inspect`. No accelerator is needed,
     pip install 'jaxcomm[aot-gpu]'                    # jax-cuda12-plugin, -pjrt, nvcc, runtime
     python scripts/make_hlo_fixtures.py --target gpu  # 8 H100 in one host
 
-Environment, which the script sets itself before a backend starts. TPU: `TPU_SKIP_MDS_QUERY=1`,
-`TPU_WORKER_HOSTNAMES=localhost`, `JAX_PLATFORMS=cpu`. GPU: `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`,
-`JAX_PLATFORMS=` (empty).
-
 Source positions (`metadata`, `FileNames` to `StackFrames`) are removed from the text, nothing else.
 Made with jax 0.10.2, libtpu 0.0.52, CUDA 12.9; another version may compile another program, so look
 at what changed before committing new files.
@@ -20,7 +16,6 @@ at what changed before committing new files.
 import argparse
 import functools
 import gzip
-import os
 import pathlib
 import re
 
@@ -32,8 +27,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcomm import collectives, compressors
+from jaxcomm.inspect import target
+from jaxcomm.training import overlap_options
 
 ROOT = pathlib.Path(__file__).parent.parent
+TARGETS = {"tpu": "tpu:v5e:2x4", "gpu": "gpu:h100:1x8"}
 AXES = ("replica", "data", "fsdp")
 ROWS, COLUMNS = 64, 128  # of the local array that every collective below sends
 DTYPES = ("float32", "bfloat16", "int8", "uint8")
@@ -345,17 +343,6 @@ def _array(mesh, shape, dtype, spec):
 
 # --- compiling for a target
 
-ASYNC_OPTIONS = {
-  "tpu": {
-    "xla_enable_async_all_reduce": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-    "xla_tpu_enable_async_all_to_all": True,
-    "xla_jf_crs_combiner_threshold_in_bytes": 0,
-  },
-  "gpu": {"xla_gpu_all_reduce_combine_threshold_bytes": 0},
-}
-
 
 def _programs(devices):
   """Yields (file name, program, whether to ask for asynchronous collectives)."""
@@ -383,21 +370,6 @@ def _programs(devices):
   yield "messages", messages_program(mesh(node=4, gpu=2)), False
 
 
-def _devices(target):
-  from jax.experimental import topologies
-
-  if target == "tpu":
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
-    jax.config.update("jax_platforms", "cpu")
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-  os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
-  jax.config.update("jax_platforms", "")
-  chip = (ROOT / "jaxcomm" / "inspect" / "h100_sxm.txtpb").read_text()
-  return topologies.get_topology_desc(
-    platform="cuda", topology_name="h100", topology="1x1x8", target_config=chip
-  ).devices
-
-
 def _without_sources(text):
   text = re.sub(r", metadata=\{(?:\"(?:\\.|[^\"\\])*\"|[^{}\"])*\}", "", text)
   tables = r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n(?:\d+ .*\n)*\n*"
@@ -406,19 +378,19 @@ def _without_sources(text):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--target", choices=("tpu", "gpu"), required=True)
+  parser.add_argument("--target", choices=TARGETS, required=True)
   parser.add_argument("--only", default="", help="make only files whose names begin so")
-  target, only = parser.parse_args().target, parser.parse_args().only
-  out = ROOT / "tests" / "jaxcomm" / "inspect" / "fixtures" / target
+  platform, only = parser.parse_args().target, parser.parse_args().only
+  out = ROOT / "tests" / "jaxcomm" / "inspect" / "fixtures" / platform
   out.mkdir(parents=True, exist_ok=True)
-  for name, (f, arguments), is_async in _programs(_devices(target)):
+  for name, (f, arguments), is_async in _programs(target(TARGETS[platform]).devices):
     if not name.startswith(only):
       continue
-    options = ASYNC_OPTIONS[target] if is_async else None
+    options = overlap_options(platform) if is_async else None
     text = jax.jit(f).lower(*arguments).compile(compiler_options=options).as_text() or ""
     data = gzip.compress(_without_sources(text).encode(), mtime=0)
     (out / f"{name}.txt.gz").write_bytes(data)
-    print(f"{target}/{name}: {len(text)} characters, {len(data)} bytes", flush=True)
+    print(f"{platform}/{name}: {len(text)} characters, {len(data)} bytes", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,19 @@ def collective_bytes(
   """
   if period is not None and period < 1:
     raise ValueError(f"`period` must be at least 1, got {period}.")
+  module = read_program(compiled, mesh)
+  meter = Meter(module, mesh)
+  meter.measure()
+  return WireReport(tuple(meter.ops), period)
+
+
+def read_program(compiled: Any, mesh: Any) -> Module:
+  """The program of a `jax.stages.Compiled` or of HLO text, for the devices of `mesh` if given.
+
+  Raises:
+    TypeError: `compiled` is neither.
+    ValueError: the text cannot be read, or `mesh` has another number of devices.
+  """
   if not isinstance(compiled, str):
     if not isinstance(compiled, jax.stages.Compiled):
       raise TypeError(
@@ -82,13 +95,10 @@ def collective_bytes(
     raise ValueError(
       f"`mesh` must have the {num_devices} devices of the program, got {mesh.size} ({mesh.shape})."
     )
-  meter = _Meter(module, mesh)
-  meter.walk(Scope(module.entry), 1, ())
-  meter.check_complete()
-  return WireReport(tuple(meter.ops), period)
+  return module
 
 
-class _Meter:
+class Meter:
   """Walks the call graph from the entry and appends to `ops`."""
 
   def __init__(self, module: Module, mesh: Any):
@@ -100,19 +110,24 @@ class _Meter:
     self._chains_started: set[str] = set()
     self._chains_continued: set[str] = set()
 
+  def measure(self) -> None:
+    """Counts all collectives of the program."""
+    self.walk(Scope(self.module.entry), 1, ())
+    self.check_complete()
+
   def walk(self, scope: Scope, times: int, branch: tuple[Branch, ...]) -> None:
     """Counts the collectives of `scope`, which runs `times` times under `branch`."""
     self._visited.add(scope.computation.name)
     for instruction in scope.computation.instructions.values():
       if _is_collective(instruction):
-        self._collective(scope, instruction, times, branch)
-      elif any(self._has_collective(name) for name in instruction.called):
+        self.collective(scope, instruction, times, branch)
+      elif any(self.has_collective(name) for name in instruction.called):
         self._call(scope, instruction, times, branch)
 
   def check_complete(self) -> None:
     """Raises if a collective of the text was not reached: nothing is dropped silently."""
     for computation in self.module.computations.values():
-      if self._has_collective(computation.name) and computation.name not in self._visited:
+      if self.has_collective(computation.name) and computation.name not in self._visited:
         raise NotImplementedError(
           f"computation `{computation.name}` has a collective, but nothing that this meter knows"
           " calls it."
@@ -152,9 +167,10 @@ class _Meter:
       computation = self.module.computation(loop.computation_named(key))
       self.walk(Scope(computation, scope, loop), times * runs, branch)
 
-  def _collective(
+  def collective(
     self, scope: Scope, instruction: Instruction, times: int, branch: tuple[Branch, ...]
   ) -> None:
+    """Counts one collective; a subclass may look at it as well."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _KINDS or "slice_sizes" in instruction.attributes:
       raise NotImplementedError(
@@ -198,7 +214,7 @@ class _Meter:
       return True
     return False
 
-  def _has_collective(self, name: str) -> bool:
+  def has_collective(self, name: str) -> bool:
     """Whether the computation, or one that it calls, has a collective."""
     known = self._communicates.get(name, False)
     if known is None:
@@ -206,7 +222,7 @@ class _Meter:
     if name not in self._communicates:
       self._communicates[name] = None
       self._communicates[name] = any(
-        _is_collective(i) or any([self._has_collective(c) for c in i.called])
+        _is_collective(i) or any([self.has_collective(c) for c in i.called])
         for i in self.module.computation(name).instructions.values()
       )
     return bool(self._communicates[name])

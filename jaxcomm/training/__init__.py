@@ -7,6 +7,7 @@ from jaxcomm.training._checkpoints import (
   Restored,
   tree_digest,
 )
+from jaxcomm.training._compiler_options import overlap_options
 from jaxcomm.training._devices import start_devices
 from jaxcomm.training._launch import RunConfig, launch, parse_flags
 from jaxcomm.training._layout import Layout, TrainState
@@ -44,6 +45,7 @@ __all__ = [
   "launch",
   "load_config",
   "make_train_step",
+  "overlap_options",
   "parse_flags",
   "plot_report",
   "read_metrics",
