@@ -89,8 +89,8 @@ def open_source(config: Config) -> Source:
   Raises:
     ValueError: it is no folder that `models.load_hf` takes, or lacks a tokenizer.json.
   """
-  flags = {k: getattr(config, k) for k in ("vocab_size", "dtype", "attention", "remat")}
-  flags = {k: v for k, v in flags.items() if v is not None}
+  names = ("vocab_size", "dtype", "attention", "remat", "sequence_parallel")
+  flags = {k: v for k in names if (v := getattr(config, k)) is not None}
   if config.model is None:
     cfg = dataclasses.replace(getattr(llama, config.preset)(), **flags)
     return Source(cfg=cfg, dtype=cfg.param_dtype, folder=None, tokenizer=config.tokenizer)

@@ -12,7 +12,7 @@ data parallelism.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,16 @@ from lm_partition import PartitionConfig, make_partitioned_step
 from jaxcomm import data
 from jaxcomm.training import Task, TrainStep, launch, make_train_step, run, start_devices
 from models import llama
-from parallel import make_mesh, mesh_specs
+from parallel import ContextParallel, context_permutation, make_mesh, mesh_specs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(PartitionConfig):
   """Flags of `train_lm.py`."""
+
+  free_on_resume: ClassVar[frozenset[str]] = PartitionConfig.free_on_resume | {
+    "context", "layout", "sequence_parallel"
+  }  # fmt: skip
 
   model: Literal["llama"] = "llama"
   """architecture"""
@@ -56,6 +60,12 @@ class Config(PartitionConfig):
   remat: Literal["none", "full", "dots"] = "none"
   """what the backward pass computes again to save memory; where --partition shards weights none is
   like full"""
+  sequence_parallel: bool = False
+  """with --tensor: those devices also share the tokens between two blocks of a layer"""
+  context: Literal["ring", "ulysses", "all_gather"] = "ring"
+  """with --seq-shards: how attention crosses those devices"""
+  layout: Literal["zigzag", "striped", "contiguous"] = "zigzag"
+  """with --seq-shards: which tokens a device has; in contiguous parts the last one has most work"""
   dtype: Literal["float32", "bfloat16"] | None = None
   """of the computation; default the preset's (parameters are float32)"""
   vocab_size: int | None = None
@@ -79,6 +89,10 @@ class Config(PartitionConfig):
         "`batch_size` must be divisible by replicas * data_parallel * fsdp ="
         f" {self.row_shards}, got {self.batch_size}."
       )
+    if self.sequence_parallel and self.tensor == 1:
+      raise ValueError("`sequence_parallel` has no effect without `tensor`, got tensor 1.")
+    if self.seq_shards > 1:
+      context_permutation(self.seq_len, self.seq_shards, self.layout)  # refuses other lengths
 
 
 def load_corpora(config: Config, model: llama.LlamaConfig) -> list[data.TextCorpus]:
@@ -101,7 +115,7 @@ def load_corpora(config: Config, model: llama.LlamaConfig) -> list[data.TextCorp
 def build_data(config: Config, corpora: list[data.TextCorpus], train_step: TrainStep):
   """This process's training rows, and the evaluation batches."""
   train, validation = (
-    [data.load_text(c, split=split, seq_len=config.seq_len) for c in corpora]
+    [_cut(data.load_text(c, split=split, seq_len=config.seq_len), config) for c in corpora]
     for split in ("train", "validation")
   )
   weights = config.data_weights or [1.0]
@@ -122,13 +136,24 @@ def build_data(config: Config, corpora: list[data.TextCorpus], train_step: Train
   return batches, evaluation
 
 
+def _cut(dataset: Any, config: Config) -> Any:
+  """Rows in the order in which `config.seq_shards` devices hold their tokens."""
+  if config.seq_shards == 1:
+    return dataset
+  order, _ = context_permutation(config.seq_len, config.seq_shards, config.layout)
+  return dataset.map(lambda row: {name: x[order] for name, x in row.items()})
+
+
 def build_loss(config: Config, model: llama.LlamaConfig):
   """Loss of a batch, of which segments and positions tell the documents apart."""
   dropped = () if config.separate_documents else ("segment_ids", "positions")
+  context = None
+  if config.seq_shards > 1:
+    context = ContextParallel(method=config.context, layout=config.layout)
 
   def loss(params, batch, partition=None):
     kept = {k: v for k, v in batch.items() if k not in dropped}
-    return llama.loss(params, kept, model, partition=partition)
+    return llama.loss(params, kept, model, partition=partition, context=context)
 
   return loss
 
@@ -180,8 +205,9 @@ def main(config: Config) -> None:
     config = dataclasses.replace(config, schedule_steps=config.steps)
   devices = start_devices(config)
   model = getattr(llama, config.preset)()
-  changes = {k: getattr(config, k) for k in ("vocab_size", "dtype", "attention", "remat")}
-  model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
+  names = ("vocab_size", "dtype", "attention", "remat", "sequence_parallel")
+  changes = {k: v for k in names if (v := getattr(config, k)) is not None}
+  model = dataclasses.replace(model, **changes)
   corpora = load_corpora(config, model)
 
   train_step = build_step(config, model, devices)

@@ -143,8 +143,8 @@ def on_batch_and_head_shards(fn: Callable[..., Any], *args: jax.Array) -> Any:
   """`fn(*args)` on each device's rows and heads of arrays [B, S, heads, C].
 
   For kernels that the compiler does not partition: `fn` is manual over all automatic axes. Rows are
-  cut as a batch is, heads over `tensor`; where the axes do not divide them each device takes all. It
-  is `fn(*args)` where the arrays are on no mesh.
+  cut as a batch is, heads over `tensor`; where the axes do not divide them each device takes all.
+  It is `fn(*args)` where the arrays are on no mesh.
 
   Args:
     fn: row by row and head by head, returns arrays cut alike.

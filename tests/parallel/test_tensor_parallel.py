@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -17,7 +16,7 @@ from parallel import make_mesh, mesh_specs, named_shardings
 P = jax.P
 B, S = 2, 16
 CFG = llama.LlamaConfig(
-  vocab_size=72, hidden_size=24, num_layers=3, intermediate_size=40, num_heads=16, num_kv_heads=8,
+  vocab_size=72, hidden_size=24, num_layers=2, intermediate_size=40, num_heads=16, num_kv_heads=8,
   head_dim=4, dtype="float32", attention_bias=True, mlp_bias=True,
 )  # fmt: skip
 TIED = dataclasses.replace(CFG, tie_embeddings=True, attention_bias=False, mlp_bias=False)
@@ -78,7 +77,7 @@ CASES = {
   "manual, 8": (8, CFG, AxisType.Explicit, True),
   "manual, 1": (1, TIED, AxisType.Auto, True),
 }
-FAST = ("auto", "manual")
+FAST = ("auto",)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +152,8 @@ def test_cross_entropy_of_cut_logits():
   weight = rng.normal(size=(2, 5)).astype(np.float32)
   grad, loss = jax.jit(manual)(logits, weight)
   reference = optax.softmax_cross_entropy_with_integer_labels
-  np.testing.assert_allclose(loss, reference(logits, targets), rtol=1e-6, atol=1e-5)
-  want = jax.grad(lambda x: (reference(x, targets) * weight).sum())(jnp.asarray(logits))
+  np.testing.assert_allclose(loss, jax.jit(reference)(logits, targets), rtol=1e-6, atol=1e-5)
+  want = jax.jit(jax.grad(lambda x: (reference(x, targets) * weight).sum()))(logits)
   np.testing.assert_allclose(grad, want, rtol=0, atol=1e-6)
 
 
@@ -192,5 +191,5 @@ def test_rejects_tokens_that_the_devices_do_not_divide():
     lambda p, b: llama.loss(p, b, cfg)[0], mesh=mesh, in_specs=(specs, P()), out_specs=P()
   )
   batch = jax.tree.map(lambda x: x[:, :14], make_batch())
-  with pytest.raises(ValueError, match="`sequence_parallel` needs tokens .* 4 .* got 14"):
+  with pytest.raises(ValueError, match=r"`sequence_parallel` needs tokens .* 4 .* got 14"):
     jax.eval_shape(program, make_params(cfg), batch)

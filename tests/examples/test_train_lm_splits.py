@@ -1,0 +1,53 @@
+"""`--tensor`, `--seq-shards` and their company change where numbers are, not which."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("with_llama")
+
+
+def trained(start, out, *argv):
+  """(losses of the steps, evaluation loss, summary)."""
+  start(*argv, "--out", out)
+  rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  summary = json.loads((out / "summary.json").read_text())
+  losses = [row["loss"] for row in rows if "loss" in row]
+  return losses, summary["eval_loss"], summary
+
+
+SPLITS = {
+  "ring": ["--seq-shards", "2", "--tensor", "2", "--sequence-parallel"],
+  "all_gather": ["--seq-shards", "2", "--fsdp", "2", "--context", "all_gather"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["ring", "all_gather"])
+def test_trains_like_whole_replicas(start, tiny_flags, tmp_path, split):
+  argv = [*tiny_flags, "--steps", "5", "--method", "diloco"]
+  want = trained(start, tmp_path / "whole", *argv)
+  got = trained(start, tmp_path / "cut", *argv, *SPLITS[split])
+  np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)
+  np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-4)
+  sent = got[2]["wire_bytes_per_step"]
+  inner = SPLITS[split][2].removeprefix("--")
+  assert sent.keys() >= {"replica", "seq", inner}
+  assert min(sent.values()) > 0
+  # Over the slow link parameters go, of which two devices have a half each, but for vectors.
+  whole = want[2]["wire_bytes_per_step"]["replica"]
+  assert whole / 2 <= sent["replica"] <= 1.2 * whole / 2
+
+
+def test_flags_without_sense(fails, tiny_flags):
+  for flags, message in (
+    (["--sequence-parallel"], "`sequence_parallel` has no effect without `tensor`"),
+    (["--seq-shards", "3"], "`seq_len` must be a positive multiple of 6 with `layout` 'zigzag'"),
+    (["--seq-shards", "2", "--partition", "zero1", "--levels", "1", "1", "1"],
+     "`seq_shards` must be 1 with `partition`"),
+    (["--seq-shards", "2", "--max-devices", "2"], "`seq_shards` = 2 needs a device for each"),
+    (["--tensor", "4"], "['k_DKC']: dimension 2 ('kv_heads') has size 2, which must be"),
+  ):  # fmt: skip
+    _, line = fails(*tiny_flags, *flags)
+    assert message in line
