@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcomm.training import TrainState, TrainStep
+from jaxcomm.training import TrainState, TrainStep, overlap_options
 from jaxcomm.training._layout import Layout, init_state, make_layout
 from parallel import _zero_hops
 from parallel._zero_optimizer import check_elementwise
@@ -190,7 +190,12 @@ def make_zero_step(
 
   return ZeroStep(
     init=jax.jit(init, out_shardings=layout.shardings),
-    step=jax.jit(parts.step(layout), donate_argnums=0, out_shardings=(layout.shardings, None)),
+    step=jax.jit(
+      parts.step(layout),
+      donate_argnums=0,
+      out_shardings=(layout.shardings, None),
+      compiler_options=overlap_options(mesh.devices.flat[0].platform) or None,
+    ),
     evaluate=jax.jit(parts.evaluate(layout)),
     layout=layout,
     tx=tx,

@@ -5,7 +5,7 @@
 
 Llama 3 8B's attention (32 query and 8 key heads of width 128), bfloat16, batch 1, zigzag over the
 devices; and dense attention of the same tokens on one device. Expected: the ring fits, forward and
-gradient, with W - 1 permutes per pass; dense does not.
+gradient, and sends W - 1 messages per pass; dense does not.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcomm.inspect import collective_bytes, target
-from parallel import ring_attention
+from parallel import ring_attention, ring_attention_bytes
 
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 
@@ -52,16 +52,27 @@ def report(mesh, tokens: int, capacity: int) -> None:
     memory = compiled.memory_analysis()
     assert memory is not None  # which only some back ends lack
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    wire = collective_bytes(compiled, mesh)
-    permutes = len({op.name for op in wire.ops if op.kind == "collective-permute"})
-    runs = sum({op.name: op.times for op in wire.ops}.values())
     print(
       f"{mesh.size} devices, {name}: {size / 2**30:,.2f} GiB per device of"
       f" {capacity / 2**30:.1f} ({'fits' if size <= capacity else 'does not fit'};"
-      f" temporary {memory.temp_size_in_bytes / 2**30:,.2f}); {permutes} collective-permutes run"
-      f" {runs} times, {wire.total / 2**20:,.0f} MiB sent per device",
+      f" temporary {memory.temp_size_in_bytes / 2**30:,.2f})",
       flush=True,
     )
+    if mesh.size > 1:
+      print(f"  {hops(compiled, mesh, tokens, backward=name != 'forward')}", flush=True)
+
+
+def hops(compiled, mesh, tokens: int, *, backward: bool) -> str:
+  """What is sent, and what W - 1 messages per pass would be."""
+  shape = (1, tokens // mesh.size, KEY_HEADS, WIDTH)
+  count = functools.partial(ring_attention_bytes, shape, mesh.size, dtype=jnp.bfloat16)
+  want = count() + (count(backward=True) if backward else 0)
+  wire = collective_bytes(compiled, mesh)
+  kinds = ", ".join(wire.by_kind)
+  return (
+    f"{wire.total:,.0f} bytes sent per device by {kinds}; W - 1 = {mesh.size - 1} messages per"
+    f" pass are {want:,}"
+  )
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ as trace.json (ui.perfetto.dev) and timeline.png, and the program as step.hlo.tx
 """
 
 import argparse
+import contextlib
 import pathlib
 import runpy
 import sys
@@ -42,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   flags = parser.parse_args(own)
   if not command:
     parser.error("name a script after --")
-  try:
+  with contextlib.suppress(RuntimeError):  # called by a program that has started JAX
     jax.config.update("jax_num_cpu_devices", _CPU_DEVICES)
+  try:
     _inspect(flags.target, command, flags.out)
   except (ValueError, ImportError, NotImplementedError, OSError) as e:
     print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """Options of XLA under which communication overlaps with computation: data, in one place."""
 
+import contextlib
+from collections.abc import Sequence
+
 Options = dict[str, bool | int | float | str]
 
 # Seen in programs compiled ahead of time with jax 0.10.2, libtpu 0.0.52 and CUDA 12.9
@@ -19,15 +22,58 @@ _OVERLAP: dict[str, Options] = {
 }
 
 
+_changes: Options = {}  # of this process, by flag
+
+
 def overlap_options(platform: str) -> Options:
-  """Options for `jax.jit(..., compiler_options=...)` on devices of `platform`.
+  """What the steps of `make_train_step` are compiled with on devices of `platform`.
 
   Args:
     platform: of the devices, as `jax.Device.platform` has it; `cpu` needs none.
+
+  Returns:
+    Options for `jax.jit(..., compiler_options=...)`, with the changes of `change_options`.
 
   Example:
     >>> from jaxcomm.training import overlap_options
     >>> overlap_options("gpu"), overlap_options("cpu")
     ({'xla_gpu_all_reduce_combine_threshold_bytes': 0}, {})
   """
-  return dict(_OVERLAP.get(platform, {}))
+  return _OVERLAP.get(platform, {}) | _changes
+
+
+def change_options(changes: Sequence[str]) -> None:
+  """Sets what `overlap_options` gives from now on, on top of its own: `["name=value", ...]`.
+
+  Training scripts do it with `--compiler-options`.
+
+  Raises:
+    ValueError: an entry is not of the form `name=value`.
+  """
+  parsed = parse_options(changes)
+  _changes.clear()
+  _changes.update(parsed)
+
+
+def parse_options(changes: Sequence[str]) -> Options:
+  """`["a=true", "b=3"]` to `{"a": True, "b": 3}`; other values stay text.
+
+  Raises:
+    ValueError: an entry is not of the form `name=value`.
+  """
+  options: Options = {}
+  for change in changes:
+    name, equals, value = change.partition("=")
+    if not (name.startswith("xla_") and equals and value):
+      raise ValueError(f"`compiler_options` must be like xla_name=value, got {change!r}.")
+    options[name] = _value(value)
+  return options
+
+
+def _value(text: str) -> bool | int | float | str:
+  if text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  for number in (int, float):
+    with contextlib.suppress(ValueError):
+      return number(text)
+  return text

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from jaxcomm.training._compiler_options import overlap_options
 from jaxcomm.training._progress import format_bytes
 from jaxcomm.training._wire import StepWire
 
@@ -32,9 +33,12 @@ def describe_run(task: Task) -> str:
   mesh = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
   device = layout.mesh.devices.flat[0].device_kind
   stacked = f", {layout.num_replicas} replicas stacked on the devices" if layout.stacked else ""
+  options = overlap_options(layout.mesh.devices.flat[0].platform)
+  given = ", ".join(f"{name}={value}" for name, value in options.items())
   return (
     f"{task.title}\nparameters: {num_params(task):,}\n"
     f"mesh: {mesh} on {layout.mesh.size} x {device}{stacked}"
+    + (f"\ncompiler options: {given}" if given else "")
   )
 
 

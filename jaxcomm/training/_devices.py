@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 
+from jaxcomm.inspect import current_compilation
 from jaxcomm.training._cluster import join, launched_processes
+from jaxcomm.training._compiler_options import change_options
 from jaxcomm.training._launch import REPLICA_SIZES, RunConfig
 
 
@@ -17,7 +19,7 @@ def start_devices(config: RunConfig) -> list[Any]:
   Without an accelerator as many virtual CPU devices are made as the mesh needs. With several
   processes the job is joined first: by the flags, or as Slurm, Open MPI or a TPU pod tell. Compiled
   programs are kept in $JAXCOMM_CACHE/xla, by default ~/.cache/jaxcomm/xla, unless JAX has been
-  given another folder.
+  given another folder. Within `jaxcomm.inspect.compiling_for` the devices are those of its target.
 
   Returns:
     Devices for the mesh: one for each of `replicas * config.devices_per_replica` places, those of
@@ -40,7 +42,12 @@ def start_devices(config: RunConfig) -> list[Any]:
       f" {processes}."
     )
   limit = needed if config.max_devices is None else min(config.max_devices, needed)
-  devices = _of_each_process(jax.devices(), limit // processes)
+  change_options(config.compiler_options)
+  compilation = current_compilation()
+  if compilation is None:
+    devices = _of_each_process(jax.devices(), limit // processes)
+  else:  # a dry run for devices that are not here
+    devices = list(compilation.target.devices[:limit])
   if len(devices) == needed:
     return devices
   if processes > 1:

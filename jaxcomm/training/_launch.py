@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from jaxcomm.training._checkpoints import CheckpointError, ReplicaChange
+from jaxcomm.training._compiler_options import parse_options
 from jaxcomm.training._loop import NonFiniteLossError
 from jaxcomm.training._profile import parse_window
 from jaxcomm.training._run_folder import load_config
@@ -30,9 +31,10 @@ class RunConfig:
 
   free_on_resume: ClassVar[frozenset[str]] = frozenset(
     (
-      "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep", "log_every",
-      "max_devices", "num_processes", "out", "process_id", "profile_steps", "replica_change",
-      "resume", "save_every", "seq_shards", "steps", "tensor", "tensorboard", "wandb",
+      "compiler_options", "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep",
+      "log_every", "max_devices", "num_processes", "out", "process_id", "profile_steps",
+      "replica_change", "resume", "save_every", "seq_shards", "steps", "tensor", "tensorboard",
+      "wandb",
     )
   )  # fmt: skip
 
@@ -74,6 +76,8 @@ class RunConfig:
   """START:STOP: trace these steps (from 1; without STOP) into profile/ in --out"""
   max_devices: int | None = None
   """use at most so many devices; replicas that find no room are stacked"""
+  compiler_options: list[str] = dataclasses.field(default_factory=list)
+  """xla_name=value: of XLA, beside or instead of those under which communication overlaps"""
   coordinator: str | None = None
   """HOST:PORT of process 0, for several processes (default: what jax.distributed detects)"""
   num_processes: int | None = None
@@ -105,6 +109,7 @@ class RunConfig:
       raise ValueError(
         f"`profile_steps` must begin at most at `steps` = {self.steps}, got {self.profile_steps!r}."
       )
+    parse_options(self.compiler_options)
     several = (self.coordinator, self.num_processes, self.process_id)
     if any(x is not None for x in several) and any(x is None for x in several):
       raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jaxcomm.inspect import current_compilation
 from jaxcomm.training._checkpoints import CheckpointError, Checkpoints
 from jaxcomm.training._describe import (
   describe_memory,
@@ -93,7 +94,10 @@ def _run(config: RunConfig, task: Task, signal: TerminationSignal) -> LoopResult
     return None
   say(describe_run(task), flush=True)
   if config.dry_run:
-    say(describe_memory(_compile(task)[0]))
+    compiled = _compile(task)[0]
+    say(describe_memory(compiled))
+    if (compilation := current_compilation()) is not None:
+      compilation.programs.append((compiled, task.train_step.layout.mesh))
     return None
   result, wire = _train(config, task, folder, signal)
   if result.terminated:

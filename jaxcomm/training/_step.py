@@ -15,6 +15,7 @@ import optax
 
 from jaxcomm import _axes
 from jaxcomm.collectives import consensus_distance
+from jaxcomm.training._compiler_options import overlap_options
 from jaxcomm.training._layout import Layout, TrainState, init_state, make_layout
 from jaxcomm.transforms import apply_updates, exchange_level, just_synced
 from jaxcomm.transforms._local_updates import at_outer_params, select_outer_params
@@ -116,7 +117,7 @@ def make_train_step(
   """Builds the step; which state differs per replica is read from the types of the update.
 
   Wire: over `replica` only what `tx` sends; over the other axes what the compiler inserts for
-  data parallelism and FSDP.
+  data parallelism and FSDP. The step is compiled with `overlap_options` of the mesh's platform.
 
   Args:
     loss_fn: `(params, batch) -> (loss, aux)`: the mean loss over the batch given, and a dict of
@@ -197,7 +198,12 @@ def make_train_step(
 
   return TrainStep(
     init=jax.jit(init, out_shardings=layout.shardings),
-    step=jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None)),
+    step=jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(layout.shardings, None),
+      compiler_options=overlap_options(mesh.devices.flat[0].platform) or None,
+    ),
     evaluate=jax.jit(layout.over_replicas(local_eval, returns_state=False)),
     layout=layout,
     tx=tx,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import runpy
 import types
 
@@ -11,7 +12,9 @@ import pytest
 
 from jaxcomm import inspect
 from jaxcomm.inspect.__main__ import main
+from jaxcomm.training import RunConfig, start_devices
 
+EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "train_lm.py"
 SCRIPT = pathlib.Path(__file__).parents[3] / "scripts" / "make_hlo_fixtures.py"
 
 
@@ -38,6 +41,31 @@ def test_command_says_what_is_wrong(flags, message, capsys):
   with pytest.raises(SystemExit):
     main(flags)
   assert message in capsys.readouterr().err
+
+
+def test_scripts_get_the_devices_of_the_target():
+  chosen = inspect.Target("four", tuple(reversed(jax.devices()[:4])), inspect.H100)
+  config = RunConfig(replicas=1, fsdp=2)
+  with inspect.compiling_for(chosen) as compilation:
+    assert start_devices(config) == list(chosen.devices[:2])
+    assert inspect.current_compilation() is compilation
+  assert inspect.current_compilation() is None
+  assert start_devices(config) == jax.devices()[:2]
+
+
+@pytest.mark.slow
+def test_command_describes_the_step_of_a_script(monkeypatch, capsys, tmp_path):
+  here = inspect.Target("eight", tuple(jax.devices()), inspect.H100)
+  monkeypatch.setattr(inspect.__main__, "target", lambda name: here)
+  flags = ["--preset", "nano", "--replicas", "2", "--fsdp", "2", "--method", "ddp"]
+  main(["--target", "eight", "--out", str(tmp_path), "--", str(EXAMPLE), *flags])
+  out = capsys.readouterr().out
+  assert "eight: 4 of 8 devices\nmemory per device: " in out
+  assert "GiB of 79.14 (fits;" in out
+  assert re.search(r"sent per device over replica: [\d,]+ bytes", out)
+  assert re.search(r"overlap: 0 of \d+ collectives", out)  # XLA:CPU is synchronous
+  assert "modelled with H100 SXM" in out
+  assert {p.name for p in tmp_path.iterdir()} == {"step.hlo.txt", "timeline.png", "trace.json"}
 
 
 # --- with the compilers
