@@ -18,17 +18,22 @@ from jaxcomm.inspect._overlap_report import CollectiveOverlap, OverlapReport, St
 
 _STEPS = {"all-reduce": lambda g: 2 * (g - 1), "collective-permute": lambda g: 1}
 _COLORS = {"compute": "#4477aa", "communicate": "#cc3311"}
+_MAX_SPANS = 20_000  # of the iterations of one loop; browsers and pictures take no more
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Something that an engine does, from `start` to `end`, s; `rest` sums later iterations up."""
+  """Something that an engine does, from `start` to `end`, s; `rest` sums many iterations up."""
 
   engine: str  # compute or communicate
   name: str
   start: float
   end: float
   rest: bool = False
+
+  def later(self, seconds: float) -> "Span":
+    """The same, so much later."""
+    return dataclasses.replace(self, start=self.start + seconds, end=self.end + seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Timeline:
     seconds: of the execution.
     computing: of the engine that computes, s.
     communicating: of the engine that communicates, s.
-    spans: what the engines do; of a loop the first iteration, then one span for the others.
+    spans: what the engines do; of a loop of very many spans the first iteration, then one span for
+      the others.
   """
 
   machine: Machine
@@ -86,20 +92,21 @@ class Timeline:
     """Draws the two engines to a PNG; needs matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.8, 3.2), layout="constrained")
+    figure = Figure(figsize=(12.8, 3.6), layout="constrained")
     axes = figure.subplots()
     for row, (engine, color) in enumerate(_COLORS.items()):
       for rest, alpha in ((False, 1.0), (True, 0.35)):
         spans = [s for s in self.spans if s.engine == engine and s.rest == rest]
         bars = [(s.start * 1e3, (s.end - s.start) * 1e3) for s in spans]
-        axes.broken_barh(bars, (row - 0.4, 0.8), color=color, alpha=alpha, ec="white", lw=0.3)
+        axes.broken_barh(bars, (row - 0.4, 0.8), color=color, alpha=alpha, lw=0)
     axes.set_yticks(range(len(_COLORS)), list(_COLORS))
     axes.set_xlim(0, self.seconds * 1e3)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("milliseconds, modelled; pale: later iterations of loops")
-    axes.set_title(title or f"{self.hidden_share:.0%} of communication hidden", loc="left")
-    figure.text(0.01, 0.01, self.machine.describe(), fontsize=7, color="#666666")
+    axes.set_xlabel("milliseconds, modelled")
+    hidden = f"{self.hidden_share:.0%} of communication hidden"
+    axes.set_title(f"{title}\n{hidden}".strip(), loc="left", fontsize=10)
+    figure.supxlabel(self.machine.describe(), fontsize=8, color="#666666")
     figure.savefig(path, dpi=150)
 
 
@@ -206,18 +213,18 @@ class _Engines:
     """Iterations are alike and nothing is in flight between two: one is run, the others added."""
     if step.times < 1:
       return
-    begin = self.now
+    begin, first = self.now, len(self.spans)
     computing, communicating = self.computing, self.communicating
     self.run(step.body)
-    others = step.times - 1
-    more = (self.now - begin) * others
-    for engine, before, after in (
-      ("compute", computing, self.computing),
-      ("communicate", communicating, self.communicating),
-    ):
-      if more and after > before:
-        name = f"{step.name}: {others} more iterations"
-        self.spans.append(Span(engine, name, self.now, self.now + more, rest=True))
+    others, took = step.times - 1, self.now - begin
     self.computing += (self.computing - computing) * others
     self.communicating += (self.communicating - communicating) * others
-    self.now += more
+    self.now += took * others
+    iteration = self.spans[first:]
+    if len(iteration) * others <= _MAX_SPANS:
+      for i in range(1, step.times):
+        self.spans += [s.later(i * took) for s in iteration]
+    elif others:
+      name = f"{step.name}: {others} more iterations"
+      for engine in sorted({span.engine for span in iteration}):
+        self.spans.append(Span(engine, name, begin + took, self.now, rest=True))
