@@ -14,6 +14,7 @@ from parallel._zero_shards import (
 from parallel.allgather_attention import allgather_attention
 from parallel.context import ContextParallel
 from parallel.decode_attention import decode_attention
+from parallel.mean_in_backward import average_gradient, mean_in_backward
 from parallel.mesh import AXES, make_mesh
 from parallel.ring_attention import ring_attention, ring_attention_bytes
 from parallel.sequence_layout import (
@@ -46,6 +47,7 @@ __all__ = [
   "Shard",
   "ZeroStep",
   "allgather_attention",
+  "average_gradient",
   "batch_spec",
   "call_with_auto_axes",
   "causal_balance",
@@ -58,6 +60,7 @@ __all__ = [
   "gather_params",
   "make_mesh",
   "make_zero_step",
+  "mean_in_backward",
   "memory_per_device",
   "merge_partials",
   "mesh_specs",

@@ -8,8 +8,8 @@ seeds 0, 1 and 2 (`METHODS` are the methods, `refine` is the second half of the 
   that a round moves as far; `dfedsam`: two other radii and two finer rates; the rest: four finer
   rates.
 
-With 8 replicas `ddp` takes over what was found with 4: the mean gradient of the same batch is the
-same. Replicas are stacked on one device, one process per core; the transforms are those of
+With 8 replicas every method starts from what it found with 4 and tries that rate, a lower and a
+higher one; `ddp` needs no trial: the mean gradient of the same batch is the same. Replicas are stacked on one device, one process per core; the transforms are those of
 `examples/train_lm.py`.
 
 The study of why H = 20 stays behind data parallelism (4-bit means, an exchange after every step,
@@ -270,8 +270,12 @@ def _lowered(job: Job, outer_lr: float, outer_momentum: float) -> float:
 
 def tune(results: Results, name: str, replicas: int) -> Job:
   """The best settings of a method, on the tuning seed."""
-  if name == "ddp" and replicas != 4:  # the same mean gradient
-    return dataclasses.replace(tune(results, name, 4), replicas=replicas)
+  if replicas != 4:
+    found = dataclasses.replace(tune(results, name, 4), replicas=replicas)
+    if name == "ddp":  # the same mean gradient
+      return found
+    rates = (found.lr * f for f in (1.0, FINER[0], FINER[-1]))
+    return results.best([dataclasses.replace(found, lr=lr) for lr in rates])
   job = dataclasses.replace(METHODS[name], replicas=replicas)
   best = results.best([dataclasses.replace(job, lr=lr) for lr in LEARNING_RATES])
   return results.best([best, *refine(best)])

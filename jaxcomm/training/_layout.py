@@ -200,6 +200,8 @@ def make_layout(
   mesh: jax.sharding.Mesh,
   param_specs: Any,
   num_replicas: int,
+  *,
+  equal_grads: bool = False,
 ) -> Layout:
   """Finds by types which leaves differ per replica, and gives every leaf a sharding."""
   if mesh.shape["replica"] != num_replicas and AxisType.Explicit in mesh.axis_types:
@@ -213,7 +215,7 @@ def make_layout(
     one = P() if param_specs is None else param_specs
     param_specs = jax.tree.map(lambda _: one, shapes.params)
   specs = TrainState(cast(Any, P()), param_specs, _opt_specs(tx, shapes, param_specs, mesh))
-  varying = _varying_leaves(tx, mesh, num_replicas, shapes, specs)
+  varying = _varying_leaves(tx, mesh, num_replicas, shapes, specs, equal_grads)
   replica = "replica" if mesh.shape["replica"] == num_replicas else None
 
   def place(shape, spec, varies):
@@ -255,11 +257,11 @@ def _opt_specs(
   )
 
 
-def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
+def _varying_leaves(tx, mesh, num_replicas, shapes, specs, equal_grads) -> TrainState:
   """Least set of leaves typed as differing over `replica` that one update maps into itself.
 
-  Everything starts equal; gradients differ. What an update types as varying must be stored per
-  replica, which may make more vary, until nothing changes.
+  Everything starts equal; gradients differ, but for `equal_grads`. What an update types as varying
+  must be stored per replica, which may make more vary, until nothing changes.
   """
   sizes = {**mesh.shape, "replica": num_replicas}
   abstract = jax.sharding.AbstractMesh(
@@ -268,7 +270,7 @@ def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
   varying = jax.tree.map(lambda _: False, shapes)
   while True:
     try:
-      found = _vary_once(tx, abstract, varying, shapes, specs)
+      found = _vary_once(tx, abstract, varying, shapes, specs, equal_grads)
     except (TypeError, AssertionError) as e:  # the latter from zeros_like in optax.MultiSteps
       found = _with_varying_inner(varying)
       if jax.tree.leaves(found) == jax.tree.leaves(varying):
@@ -285,13 +287,14 @@ def _varying_leaves(tx, mesh, num_replicas, shapes, specs) -> TrainState:
     varying = found
 
 
-def _vary_once(tx, mesh, varying, shapes, specs) -> TrainState:
+def _vary_once(tx, mesh, varying, shapes, specs, equal_grads) -> TrainState:
   found: list[TrainState] = []
+  grads_vary = jax.tree.map(lambda _: not equal_grads, shapes.params)
 
   def update(state: TrainState, grads):
     local = lambda x, varies: x[0] if varies else x  # noqa: E731
     state = jax.tree.map(local, state, varying)
-    grads = jax.tree.map(lambda g: g[0], grads)
+    grads = jax.tree.map(local, grads, grads_vary)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = apply_updates(state.params, updates, opt_state)
     new = TrainState(state.step, params, opt_state)
@@ -307,11 +310,11 @@ def _vary_once(tx, mesh, varying, shapes, specs) -> TrainState:
   manual = jax.shard_map(
     update,
     mesh=mesh,
-    in_specs=(jax.tree.map(lambda v: P("replica") if v else P(), varying), P("replica")),
+    in_specs=jax.tree.map(lambda v: P("replica") if v else P(), (varying, grads_vary)),
     out_specs=(),
     axis_names={"replica"},
   )
-  grads = jax.tree.map(lambda s, p: stacked(s, p, True), shapes.params, specs.params)
+  grads = jax.tree.map(stacked, shapes.params, specs.params, grads_vary)
   jax.eval_shape(manual, jax.tree.map(stacked, shapes, specs, varying), grads)
   return found[-1]
 

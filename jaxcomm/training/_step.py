@@ -113,6 +113,7 @@ def make_train_step(
   param_specs: Any = None,
   num_replicas: int | None = None,
   eval_loss_fn: LossFn | None = None,
+  mean_in_loss: bool = False,
 ) -> TrainStep:
   """Builds the step; which state differs per replica is read from the types of the update.
 
@@ -130,6 +131,8 @@ def make_train_step(
     num_replicas: default the size of the mesh axis. More, with a mesh axis of size 1, stacks the
       replicas on the devices under `jax.vmap`.
     eval_loss_fn: of `evaluate`, like `loss_fn`, which is the default.
+    mean_in_loss: gradients of `loss_fn` are means over `replica` already: all weights pass through
+      `parallel.mean_in_backward`. `tx` then needs no mean.
 
   Raises:
     ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, replicas are to
@@ -158,7 +161,9 @@ def make_train_step(
     raise ValueError(
       f"mesh axis 'replica' must have size 1 or `num_replicas`={num_replicas}, got {size}."
     )
-  layout = make_layout(init_params, tx, mesh, param_specs, num_replicas)
+  layout = make_layout(
+    init_params, tx, mesh, param_specs, num_replicas, equal_grads=mean_in_loss
+  )
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
   def update(state: TrainState, grads):
@@ -169,7 +174,8 @@ def make_train_step(
   typed_update = layout.typed(update, (layout.local_specs, layout.param_specs))
 
   def local_step(state: TrainState, batch):
-    params = _axes.vary(state.params, "replica")  # else the gradient arrives already summed
+    # Equal parameters get the sum of the gradients, unless the loss casts and averages itself.
+    params = state.params if mean_in_loss else _axes.vary(state.params, "replica")
     (loss, aux), grads = grad_fn(params, batch)
     state = typed_update(state, grads)
     return state, {"loss": loss, **aux, **left_out(state.opt_state)}
