@@ -42,7 +42,8 @@ def specs(cfg):
 
 def loss(params, batch, cfg, *, partition=None, context=None):
   """Of a token given the one before."""
-  assert partition is None and context is None
+  assert partition is None
+  assert context is None
   x_BSD = params["embed_VD"][batch["tokens"]]
   for i in range(cfg.num_layers):
     up_DF = params["layers"]["up_DF"][i]
