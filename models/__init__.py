@@ -1,12 +1,14 @@
 """Language models: one architecture per file."""
 
-from models import hdee, llama, llama_decode, losses, rope
+from models import hdee, ladder, ladder_decode, llama, llama_decode, losses, rope
 from models.generation import generate
 from models.hugging_face import load_hf, load_hf_config, save_hf
 
 __all__ = [
   "generate",
   "hdee",
+  "ladder",
+  "ladder_decode",
   "llama",
   "llama_decode",
   "load_hf",

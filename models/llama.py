@@ -256,12 +256,7 @@ def loss(
     >>> int(aux["tokens"])
     16
   """
-  missing, unknown = _REQUIRED - batch.keys(), batch.keys() - _REQUIRED - _OPTIONAL
-  if missing or unknown:
-    raise ValueError(
-      f"`batch` must have the keys {sorted(_REQUIRED)} and may have {sorted(_OPTIONAL)}:"
-      f" missing {sorted(missing)}, unknown {sorted(unknown)}."
-    )
+  _check_keys(batch)
 
   def objective(params, batch):
     logits_BSV, aux = apply(
@@ -298,6 +293,15 @@ def _over_shards(value, aux, tokens_BS, context: ContextParallel):
 
 _REQUIRED = frozenset(("tokens", "targets"))
 _OPTIONAL = frozenset(("segment_ids", "positions", "loss_mask"))
+
+
+def _check_keys(batch: dict[str, jax.Array]) -> None:
+  missing, unknown = _REQUIRED - batch.keys(), batch.keys() - _REQUIRED - _OPTIONAL
+  if missing or unknown:
+    raise ValueError(
+      f"`batch` must have the keys {sorted(_REQUIRED)} and may have {sorted(_OPTIONAL)}:"
+      f" missing {sorted(missing)}, unknown {sorted(unknown)}."
+    )
 
 
 def _check_parts(params: Params, cfg: LlamaConfig) -> None:

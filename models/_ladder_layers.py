@@ -1,0 +1,164 @@
+"""The routing of residual streams between blocks. Letters as in `models.ladder`."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcomm import _axes
+from models import _llama_layers
+from models._ladder_config import LadderConfig, Residual
+from parallel.mesh import TENSOR
+from parallel.sharding import shard_batch
+from parallel.tensor_parallel import cut_by_compiler, from_rows, is_cut, to_columns
+
+Weights = dict[str, jax.Array]
+Attention = Callable[[Weights, jax.Array], tuple[jax.Array, Any]]
+# The residual stream without the last feed-forward, and what that adds: not yet summed over
+# devices, so that in a scan its sum runs beside the attention of the next layer. None: nothing.
+Stream = tuple[jax.Array, jax.Array | None]
+
+
+def attention_rows(weights: Weights, x_BSD, cos_sin, attend, cfg: LadderConfig):
+  """What attention adds to the stream, of this device's heads, and what `attend` keeps."""
+  q_BSHC, k_BSKC, v_BSKC = _llama_layers.heads(x_BSD, weights, cos_sin, cfg)
+  y_BSHC, kept = attend(q_BSHC, k_BSKC, v_BSKC)
+  y_BSD = jnp.einsum("bshc,hcd->bsd", y_BSHC, weights["o_HCD"])
+  return _add_once(y_BSD, weights.get("o_bias_D"), weights), kept
+
+
+def feed_forward_rows(weights: Weights, x_BSD, cfg: LadderConfig):
+  """What the feed-forward adds to the stream, of this device's part of F."""
+  x_BSD = to_columns(x_BSD, weights["gate_DF"], over_tokens=False)
+  inner = _llama_layers._joined_inner if cut_by_compiler(x_BSD) else _llama_layers._inner
+  return _add_once(inner(x_BSD, weights, cfg), weights.get("down_bias_D"), weights)
+
+
+def _add_once(y_BSD, bias_D, weights: Weights):
+  """Adds a bias that all devices have to one of the parts of which the sum will be taken."""
+  if bias_D is None:
+    return y_BSD
+  if is_cut(weights["down_FD"]):
+    bias_D = jnp.where(jax.lax.axis_index(TENSOR) == 0, bias_D, jnp.zeros_like(bias_D))
+  return y_BSD + bias_D[None, None]
+
+
+def summed(y_BSD, weights: Weights):
+  """The all-reduce at the end of a block."""
+  return from_rows(y_BSD, weights["down_FD"], over_tokens=False)
+
+
+def layer(kind: Residual, stream: Stream, weights: Weights, attention: Attention, cfg):
+  """One layer of `kind`: the stream after it, and what its attention keeps.
+
+  Only "ladder" reads what is old: its attention the stream without the last feed-forward, its
+  feed-forward the stream without the attention.
+  """
+  before, late = stream
+  x_BSD = before if late is None else before + summed(late, weights)
+
+  def norm(x, name):
+    return _llama_layers.rms_norm(x, weights[name], cfg)
+
+  if kind == "parallel":
+    normed = norm(x_BSD, "attn_norm_D")
+    y_BSD, kept = attention(weights, normed)
+    return (x_BSD, y_BSD + feed_forward_rows(weights, normed, cfg)), kept
+  y_BSD, kept = attention(weights, norm(before if kind == "ladder" else x_BSD, "attn_norm_D"))
+  after = x_BSD + summed(y_BSD, weights)
+  normed = norm(x_BSD if kind == "ladder" else after, "mlp_norm_D")
+  return (shard_batch(after), feed_forward_rows(weights, normed, cfg)), kept
+
+
+def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: LadderConfig, xs=None):
+  """All layers: the stream at their end, and what their attentions keep, stacked.
+
+  Args:
+    layers: stacked weights.
+    x_BSD: embedded tokens.
+    attention: `(weights, x, xs of the layer) -> (what it adds, kept)`.
+    cfg: config.
+    xs: pytree of arrays stacked by layer, or None.
+  """
+  stream: Stream = (x_BSD, None)
+  if cfg.scan_layers:  # the carry of a scan has one type
+    stream = (x_BSD, _axes.vary_like(jnp.zeros_like(x_BSD), (x_BSD, layers)))
+  start, kept = 0, []
+  for kind, group in itertools.groupby(cfg.kinds):
+    stop = start + len(list(group))
+    stream, found = _run_group(kind, stream, (layers, xs), start, stop, attention, cfg)
+    kept += found
+    start = stop
+  before, late = stream
+  x_BSD = before if late is None else before + summed(late, layers)
+  return x_BSD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+
+def _run_group(kind: Residual, stream: Stream, inputs, start: int, stop: int, attention, cfg):
+  """Layers `start` to `stop`, all of one kind."""
+
+  def body(stream, inputs):
+    weights, x = inputs
+    weights = jax.tree.map(lambda p: p.astype(cfg.dtype), weights)
+    return layer(kind, stream, weights, lambda w, x_BSD: attention(w, x_BSD, x), cfg)
+
+  if cfg.remat != "none":
+    policy = _llama_layers._REMAT_POLICY[cfg.remat]
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+  if cfg.scan_layers:
+    part = jax.tree.map(lambda a: a[start:stop], inputs)
+    stream, kept = jax.lax.scan(body, stream, part)
+    return stream, [kept]
+  found = []
+  for i in range(start, stop):
+    stream, kept = body(stream, jax.tree.map(lambda a, i=i: a[i], inputs))
+    found.append(jax.tree.map(lambda a: a[None], kept))
+  return stream, found
+
+
+def run_desync(layers: Weights, x_BSD, attention: Attention, specs, cfg: LadderConfig):
+  """All layers of "desync": the stream at their end, equal on all devices.
+
+  Whole weights are taken as those of T devices, on an axis of `jax.vmap`.
+  """
+  local = functools.partial(_desync_layers, attention=attention, cfg=cfg)
+  if is_cut(layers["down_FD"]):
+    return local(layers, x_BSD)
+  size = cfg.tensor_parallel_size
+
+  def cut_dim(spec):
+    found = [i for i, name in enumerate(spec) if name in ("heads", "kv_heads", "mlp")]
+    return found[0] if found else None
+
+  dims = {name: cut_dim(spec) for name, spec in specs.items()}
+  parts = {
+    name: w if (i := dims[name]) is None else w.reshape(*w.shape[:i], size, -1, *w.shape[i + 1 :])
+    for name, w in layers.items()
+  }
+  run = jax.vmap(local, in_axes=(dims, None), out_axes=None, axis_name=TENSOR, axis_size=size)
+  return run(parts, x_BSD)
+
+
+def _desync_layers(layers: Weights, x_BSD, attention: Attention, cfg: LadderConfig):
+  size = _axes.axis_size(TENSOR)
+  if size != cfg.tensor_parallel_size:
+    raise ValueError(
+      f"`tensor_parallel_size` is part of a desync model: it has {cfg.tensor_parallel_size}, got"
+      f" {size} devices on '{TENSOR}'."
+    )
+
+  def add(x_BSD, y_BSD, sums: bool):
+    if not sums:
+      return x_BSD + y_BSD
+    return jax.lax.psum(_axes.vary(y_BSD + x_BSD / size, TENSOR), TENSOR)
+
+  for i, (sum_attention, sum_feed_forward) in enumerate(cfg.reduce_pattern or ()):
+    weights = jax.tree.map(lambda p, i=i: p[i].astype(cfg.dtype), layers)
+    normed = _llama_layers.rms_norm(x_BSD, weights["attn_norm_D"][0], cfg)
+    x_BSD = add(x_BSD, attention(weights, normed)[0], sum_attention)
+    normed = _llama_layers.rms_norm(x_BSD, weights["mlp_norm_D"][0], cfg)
+    x_BSD = add(x_BSD, feed_forward_rows(weights, normed, cfg), sum_feed_forward)
+  return x_BSD
