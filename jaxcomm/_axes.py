@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 
 def axis_size(axis_name: str) -> int:
@@ -77,9 +79,29 @@ def all_gather_equal(tree: Any, axis_name: str) -> Any:
 def pmean_f32(x: jax.Array, axis_name: str) -> jax.Array:
   """Mean over `axis_name`, summed in float32, in the dtype of `x`."""
   if is_manual(axis_name) and axis_size(axis_name) == 1:
-    # XLA fails on an all-reduce over a manual axis of size 1 if other axes shard x.
-    return all_gather_equal(x, axis_name)[0]
+    # XLA fails on an all-reduce over a manual axis of size 1 if other axes shard x, and gathers x
+    # over those for an all-gather.
+    return _alone_p.bind(x, axis_name=axis_name) if axis_name in varying_axes(x) else x
   return jax.lax.pmean(x.astype(jnp.float32), axis_name).astype(x.dtype)
+
+
+_alone_p = Primitive("alone")  # x of the only device on an axis, typed as equal on all of them
+
+
+def _alone_type(aval: Any, *, axis_name: str) -> Any:
+  varying = _axes_of(aval) - {axis_name}
+  if hasattr(aval, "manual_axis_type"):
+    return aval.update(manual_axis_type=aval.manual_axis_type.update(varying=varying))
+  return aval.update(vma=varying)
+
+
+_alone_p.def_abstract_eval(_alone_type)
+mlir.register_lowering(_alone_p, lambda _, x, *, axis_name: [x])
+ad.deflinear2(_alone_p, lambda ct, _, *, axis_name: [vary(ct, axis_name)])
+batching.primitive_batchers[_alone_p] = lambda xs, dims, *, axis_name: (
+  _alone_p.bind(*xs, axis_name=axis_name),
+  dims[0],
+)
 
 
 def cond(pred: jax.Array, true_fun: Any, false_fun: Any, *operands: Any) -> Any:

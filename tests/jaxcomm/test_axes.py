@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcomm import _axes
+from jaxcomm import _axes, inspect
 
 CONTEXTS = ("vmap", "checked", "unchecked")
 X = np.arange(8, dtype=np.float32).reshape(4, 2)
@@ -138,3 +138,25 @@ def test_cond_with_a_predicate_that_differs():
 
   got = run(lambda x: _axes.cond(x[0] > 3, branch, lambda a: -a, jnp.ones(())), X, "checked")
   assert got.tolist() == [-1.0, -1.0, 1.0, 1.0]
+
+
+def test_a_mean_over_one_device_moves_nothing():
+  """Typed as equal, without a collective, also over the axes that shard it; differentiable."""
+  sizes, names = (1, 2, 4), ("replica", "fsdp", "tensor")
+  mesh = jax.make_mesh(sizes, names, (jax.sharding.AxisType.Auto,) * 3)
+
+  def local(x):
+    x = _axes.vary(x, "replica")
+    grad = jax.grad(lambda x: jnp.sum(_axes.pmean_f32(x, "replica") * jnp.arange(8.0)[None]))(x)
+    return _axes.pmean_f32(2 * x, "replica"), _axes.pmean_f32(grad, "replica")
+
+  sharding = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+  region = jax.shard_map(
+    local, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), axis_names={"replica"}
+  )
+  x = jax.device_put(jnp.ones((4, 8)), sharding)
+  compiled = jax.jit(region, out_shardings=sharding).lower(x).compile()
+  assert inspect.collective_bytes(compiled).ops == ()
+  mean, grad = compiled(x)
+  np.testing.assert_array_equal(mean, np.full((4, 8), 2.0))
+  np.testing.assert_array_equal(grad, np.broadcast_to(np.arange(8.0), (4, 8)))
