@@ -16,7 +16,17 @@ from parallel.context import ContextParallel
 from parallel.decode_attention import decode_attention
 from parallel.mean_in_backward import average_gradient, mean_in_backward
 from parallel.mesh import AXES, make_mesh
+from parallel.pipeline import (
+  PipelineParallel,
+  pipeline,
+  pipeline_loss,
+  pipeline_value_and_grad,
+  stack_stages,
+  unstack_stages,
+)
 from parallel.ring_attention import ring_attention, ring_attention_bytes
+from parallel.routing import RandomRoute, random_route
+from parallel.schedule import bubble_fraction, peak_activations, schedule_table
 from parallel.sequence_layout import (
   Layout,
   causal_balance,
@@ -43,12 +53,15 @@ __all__ = [
   "ContextParallel",
   "Layout",
   "PartitionPlan",
+  "PipelineParallel",
+  "RandomRoute",
   "Rules",
   "Shard",
   "ZeroStep",
   "allgather_attention",
   "average_gradient",
   "batch_spec",
+  "bubble_fraction",
   "call_with_auto_axes",
   "causal_balance",
   "causal_work",
@@ -66,14 +79,22 @@ __all__ = [
   "mesh_specs",
   "named_shardings",
   "partitioned",
+  "peak_activations",
+  "pipeline",
+  "pipeline_loss",
+  "pipeline_value_and_grad",
+  "random_route",
   "reduce_scatter_grads",
   "ring_attention",
   "ring_attention_bytes",
+  "schedule_table",
   "shard_batch",
   "shard_params",
   "shard_state",
   "shard_tokens",
+  "stack_stages",
   "traffic_per_step",
   "ulysses_attention",
   "ulysses_attention_bytes",
+  "unstack_stages",
 ]
