@@ -104,7 +104,7 @@ def batch_spec(mesh: jax.sharding.Mesh) -> jax.P:
     >>> batch_spec(jax.sharding.AbstractMesh((1, 4), ("replica", "fsdp")))
     P(('replica', 'fsdp'),)
     >>> batch_spec(jax.sharding.AbstractMesh((4, 2), ("data", "seq")))
-    P(('data',), 'seq')
+    P('data', 'seq')
   """
   rows = tuple(axis for axis in (REPLICA, DATA, FSDP) if axis in mesh.shape)
   if mesh.shape.get(SEQ, 1) > 1:

@@ -17,27 +17,25 @@ def trained(start, out, *argv):
   return losses, summary["eval_loss"], summary
 
 
-SPLITS = {
-  "ring": ["--seq-shards", "2", "--tensor", "2", "--sequence-parallel"],
-  "all_gather": ["--seq-shards", "2", "--fsdp", "2", "--context", "all_gather"],
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["ring", "all_gather"])
-def test_trains_like_whole_replicas(start, tiny_flags, tmp_path, split):
+def test_trains_like_whole_replicas(start, tiny_flags, tmp_path):
   argv = [*tiny_flags, "--steps", "5", "--method", "diloco"]
+  cut = ["--seq-shards", "2", "--tensor", "2", "--sequence-parallel"]
   want = trained(start, tmp_path / "whole", *argv)
-  got = trained(start, tmp_path / "cut", *argv, *SPLITS[split])
+  got = trained(start, tmp_path / "cut", *argv, *cut)
   np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)
   np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-4)
   sent = got[2]["wire_bytes_per_step"]
-  inner = SPLITS[split][2].removeprefix("--")
-  assert sent.keys() >= {"replica", "seq", inner}
+  assert sent.keys() >= {"replica", "seq", "tensor"}
   assert min(sent.values()) > 0
   # Over the slow link parameters go, of which two devices have a half each, but for vectors.
   whole = want[2]["wire_bytes_per_step"]["replica"]
   assert whole / 2 <= sent["replica"] <= 1.2 * whole / 2
+  # The run goes on where nothing is cut.
+  whole_again = ["--seq-shards", "1", "--tensor", "1", "--no-sequence-parallel"]
+  more = ["--resume", "--steps", "6", *whole_again]
+  last = [trained(start, tmp_path / name, *argv, *more)[0][-1] for name in ("whole", "cut")]
+  np.testing.assert_allclose(*last, rtol=0, atol=1e-4)
 
 
 def test_flags_without_sense(fails, tiny_flags):
