@@ -91,9 +91,9 @@ class PlanConfig(RunConfig):
     for name in ("seed_lr", "lr"):
       if not 0 < getattr(self, name) < math.inf:
         raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
-    if self.seq_shards * self.tensor != 1:
-      got = f"{self.seq_shards} and {self.tensor}"
-      raise ValueError(f"`seq_shards` and `tensor` must be 1 for experts, got {got}.")
+    if self.stages * self.seq_shards * self.tensor != 1:
+      got = f"{self.stages}, {self.seq_shards} and {self.tensor}"
+      raise ValueError(f"`stages`, `seq_shards` and `tensor` must be 1 for experts, got {got}.")
     if self.batch_size % self.row_shards:
       raise ValueError(
         f"`batch_size` must be divisible by replicas * data_parallel * fsdp, got {self.batch_size}."

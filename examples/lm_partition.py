@@ -56,7 +56,7 @@ class PartitionConfig(MethodConfig):
       raise ValueError("`method` 'streaming_diloco' needs layers, `partition` has flat parts.")
     if self.method == "dfedsam":
       raise ValueError("`method` 'dfedsam' needs whole gradients, `partition` shards them.")
-    for name in ("data_parallel", "seq_shards", "tensor"):
+    for name in ("data_parallel", "stages", "seq_shards", "tensor"):
       if (value := getattr(self, name)) != 1:
         raise ValueError(f"`{name}` must be 1 with `partition`, got {value}.")
 

@@ -91,7 +91,7 @@ class Config(RunConfig):
     if not 0 < self.keep_ratio < 1:
       raise ValueError(f"`keep_ratio` must be in (0, 1), got {self.keep_ratio}.")
     if self.devices_per_replica != 1:
-      names = ("data_parallel", "fsdp", "seq_shards", "tensor")
+      names = ("data_parallel", "fsdp", "stages", "seq_shards", "tensor")
       got = ", ".join(f"`{name}` = {getattr(self, name)}" for name in names)
       raise ValueError(f"a replica must have 1 device for so small a problem, got {got}.")
     if self.replica_change is not None:

@@ -22,8 +22,15 @@ from lm_partition import PartitionConfig, make_partitioned_step
 
 from jaxcomm import data
 from jaxcomm.training import Task, TrainStep, launch, make_train_step, run, start_devices
-from models import llama
-from parallel import ContextParallel, context_permutation, make_mesh, mesh_specs
+from models import llama, llama_pipeline
+from parallel import (
+  DEFAULT_RULES,
+  ContextParallel,
+  PipelineParallel,
+  context_permutation,
+  make_mesh,
+  mesh_specs,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,7 @@ class Config(PartitionConfig):
   """Flags of `train_lm.py`."""
 
   free_on_resume: ClassVar[frozenset[str]] = PartitionConfig.free_on_resume | {
-    "context", "layout", "sequence_parallel"
+    "context", "layout", "microbatches", "schedule", "sequence_parallel"
   }  # fmt: skip
 
   model: Literal["llama"] = "llama"
@@ -62,6 +69,10 @@ class Config(PartitionConfig):
   like full"""
   sequence_parallel: bool = False
   """with --tensor: those devices also share the tokens between two blocks of a layer"""
+  microbatches: int | None = None
+  """with --stages: parts of a device's rows that follow each other; default twice the stages"""
+  schedule: Literal["gpipe", "1f1b"] | None = None
+  """with --stages: order of the passes; default 1f1b: its memory does not grow with microbatches"""
   context: Literal["ring", "ulysses", "all_gather"] = "ring"
   """with --seq-shards: how attention crosses those devices"""
   layout: Literal["zigzag", "striped", "contiguous"] = "zigzag"
@@ -84,15 +95,31 @@ class Config(PartitionConfig):
         f"`data_weights` must be a positive number for each of the {len(self.data)} sources in"
         f" `data`, got {weights}."
       )
-    if self.batch_size % self.row_shards:
+    for name in ("microbatches", "schedule"):
+      if getattr(self, name) is not None and self.stages == 1:
+        raise ValueError(f"`{name}` has no effect without `stages`, got {getattr(self, name)}.")
+    if self.microbatches is not None and self.microbatches < 1:
+      raise ValueError(f"`microbatches` must be at least 1, got {self.microbatches}.")
+    if self.batch_size % self.row_parts:
+      per_stage = " * microbatches" if self.stages > 1 else ""
       raise ValueError(
-        "`batch_size` must be divisible by replicas * data_parallel * fsdp ="
-        f" {self.row_shards}, got {self.batch_size}."
+        f"`batch_size` must be divisible by replicas * data_parallel * fsdp{per_stage} ="
+        f" {self.row_parts}, got {self.batch_size}."
       )
     if self.sequence_parallel and self.tensor == 1:
       raise ValueError("`sequence_parallel` has no effect without `tensor`, got tensor 1.")
     if self.seq_shards > 1:
       context_permutation(self.seq_len, self.seq_shards, self.layout)  # refuses other lengths
+
+  @property
+  def num_microbatches(self) -> int:
+    """Of a pipeline, or 1."""
+    return self.microbatches or (2 * self.stages if self.stages > 1 else 1)
+
+  @property
+  def row_parts(self) -> int:
+    """Parts into which the rows of a batch are cut, in space and in time."""
+    return self.row_shards * self.num_microbatches
 
 
 def load_corpora(config: Config, model: llama.LlamaConfig) -> list[data.TextCorpus]:
@@ -124,12 +151,12 @@ def build_data(config: Config, corpora: list[data.TextCorpus], train_step: Train
     train, weights=weights, batch_size=config.batch_size, seed=config.seed, **rows
   )
   validation = data.mix(validation, weights)
-  shards = config.row_shards
+  shards = config.row_parts
   size = min(config.batch_size, len(validation) // shards * shards)  # a short text has few
   if not size:
     raise ValueError(
       f"`data` must have {shards} sequences of {config.seq_len} tokens for validation, one for each"
-      f" replica and shard, got {len(validation)}: give more data or shorter sequences."
+      f" replica, shard and microbatch, got {len(validation)}: give more data or shorter sequences."
     )
   count = min(8, len(validation) // size) if config.eval_batches is None else config.eval_batches
   evaluation = data.eval_batches(validation, size, count, **train_step.local_rows(size))
@@ -150,10 +177,17 @@ def build_loss(config: Config, model: llama.LlamaConfig):
   context = None
   if config.seq_shards > 1:
     context = ContextParallel(method=config.context, layout=config.layout)
+  pipeline = None
+  if config.stages > 1:
+    pipeline = PipelineParallel(
+      num_microbatches=config.num_microbatches, schedule=config.schedule or "1f1b"
+    )
 
   def loss(params, batch, partition=None):
     kept = {k: v for k, v in batch.items() if k not in dropped}
-    return llama.loss(params, kept, model, partition=partition, context=context)
+    if pipeline is None:
+      return llama.loss(params, kept, model, partition=partition, context=context)
+    return llama_pipeline.loss(params, kept, model, pipeline=pipeline, context=context)
 
   return loss
 
@@ -182,11 +216,13 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
     replica=len(devices) // config.devices_per_replica,
     data=config.data_parallel,
     fsdp=config.fsdp,
+    stage=config.stages,
     seq=config.seq_shards,
     tensor=config.tensor,
     devices=devices,
   )
-  specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh)
+  rules = {**DEFAULT_RULES, "layers": "stage"}
+  specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh, rules)
   loss = build_loss(config, model)
   return make_train_step(
     training_loss(config, loss),

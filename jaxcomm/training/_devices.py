@@ -60,12 +60,12 @@ def start_devices(config: RunConfig) -> list[Any]:
       f"{_sizes(config)} = {inner} must not exceed the devices, got {len(devices)}"
       f" ({devices[0].device_kind})."
     )
-  if config.seq_shards > 1:
-    raise ValueError(
-      f"`seq_shards` = {config.seq_shards} needs a device for each of"
-      f" {_sizes(config, 'replicas')} = {needed} places, got"
-      f" {len(devices)}: replicas with cut sequences cannot be stacked."
-    )
+  for name, cut in (("seq_shards", "sequences"), ("stages", "layers")):
+    if (value := getattr(config, name)) > 1:
+      raise ValueError(
+        f"`{name}` = {value} needs a device for each of {_sizes(config, 'replicas')} = {needed}"
+        f" places, got {len(devices)}: replicas with cut {cut} cannot be stacked."
+      )
   return devices[:inner]
 
 

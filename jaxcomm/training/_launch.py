@@ -33,8 +33,8 @@ class RunConfig:
     (
       "compiler_options", "coordinator", "data_parallel", "dry_run", "eval_every", "fsdp", "keep",
       "log_every", "max_devices", "num_processes", "out", "process_id", "profile_steps",
-      "replica_change", "resume", "save_every", "seq_shards", "steps", "tensor", "tensorboard",
-      "wandb",
+      "replica_change", "resume", "save_every", "seq_shards", "stages", "steps", "tensor",
+      "tensorboard", "wandb",
     )
   )  # fmt: skip
 
@@ -48,6 +48,8 @@ class RunConfig:
   """devices per replica that share its batch"""
   fsdp: int = 1
   """devices per replica that share its batch and its parameters"""
+  stages: int = 1
+  """devices among which the layers are cut, as a pipeline"""
   seq_shards: int = 1
   """devices that share the tokens of each sequence"""
   tensor: int = 1
@@ -132,7 +134,7 @@ class RunConfig:
 
 
 # Flags whose product is the number of devices of one replica.
-REPLICA_SIZES = ("data_parallel", "fsdp", "seq_shards", "tensor")
+REPLICA_SIZES = ("data_parallel", "fsdp", "stages", "seq_shards", "tensor")
 
 # Of one start, not of the run: another start may have other processes.
 _NEVER_KEPT = frozenset(

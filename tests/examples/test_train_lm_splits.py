@@ -38,6 +38,19 @@ def test_trains_like_whole_replicas(start, tiny_flags, tmp_path):
   np.testing.assert_allclose(*last, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_stages_train_like_whole_replicas(start, tiny_flags, tmp_path):
+  argv = [*tiny_flags, "--steps", "5", "--method", "diloco", "--fsdp", "1"]
+  want = trained(start, tmp_path / "whole", *argv)
+  got = trained(start, tmp_path / "cut", *argv, "--stages", "2", "--microbatches", "2")
+  np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)
+  np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-4)
+  assert got[2]["wire_bytes_per_step"]["stage"] > 0
+  last = trained(start, tmp_path / "cut", *argv, "--resume", "--steps", "6", "--stages", "1",
+                 "--microbatches", "None")  # fmt: skip
+  assert len(last[0]) == 6
+
+
 def test_flags_without_sense(fails, tiny_flags):
   for flags, message in (
     (["--sequence-parallel"], "`sequence_parallel` has no effect without `tensor`"),
@@ -45,6 +58,10 @@ def test_flags_without_sense(fails, tiny_flags):
     (["--seq-shards", "2", "--partition", "zero1", "--levels", "1", "1", "1"],
      "`seq_shards` must be 1 with `partition`"),
     (["--seq-shards", "2", "--max-devices", "2"], "`seq_shards` = 2 needs a device for each"),
+    (["--stages", "2", "--max-devices", "2"], "`stages` = 2 needs a device for each"),
+    (["--microbatches", "2"], "`microbatches` has no effect without `stages`, got 2"),
+    (["--stages", "2", "--microbatches", "0"], "`microbatches` must be at least 1, got 0"),
+    (["--stages", "2", "--microbatches", "3"], "fsdp * microbatches = "),
     (["--tensor", "4"], "['k_DKC']: dimension 2 ('kv_heads') has size 2, which must be"),
   ):  # fmt: skip
     _, line = fails(*tiny_flags, *flags)
