@@ -13,12 +13,19 @@ from jax.sharding import AxisType
 from jaxcomm import pmean_over
 from jaxcomm.training import make_train_step
 from jaxcomm.training._layout import init_state
-from models import llama
-from parallel import ContextParallel, context_permutation, make_mesh, mesh_specs
+from models import llama, llama_pipeline
+from parallel import (
+  DEFAULT_RULES,
+  ContextParallel,
+  PipelineParallel,
+  context_permutation,
+  make_mesh,
+  mesh_specs,
+)
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 ROWS, S, STEPS = 8, 16, 5
-AXES = ("replica", "data", "fsdp", "seq", "tensor")
+AXES = ("replica", "data", "fsdp", "stage", "seq", "tensor")
 CFG = llama.LlamaConfig(
   vocab_size=64, hidden_size=16, num_layers=2, intermediate_size=32, num_heads=16, num_kv_heads=8,
   head_dim=4, dtype="float32", tie_embeddings=True, rope_theta=100.0,
@@ -47,16 +54,21 @@ def make_batch():
   }  # fmt: skip
 
 
-def train(mesh, batch, context=None, *, sequence_parallel=False):
+def train(mesh, batch, context=None, *, schedule="1f1b", sequence_parallel=False):
   """(loss and gradients of step 1; losses and parameters after `STEPS`): of each replica the same.
 
   Momentum is the gradient after the first step.
   """
   cfg = dataclasses.replace(CFG, sequence_parallel=sequence_parallel)
-  specs = mesh_specs(llama.specs(cfg), jax.eval_shape(init, jax.random.key(0)), mesh)
+  rules = {**DEFAULT_RULES, "layers": "stage"}
+  specs = mesh_specs(llama.specs(cfg), jax.eval_shape(init, jax.random.key(0)), mesh, rules)
+  loss = llama.loss
+  if mesh.shape["stage"] > 1:
+    pipeline = PipelineParallel(num_microbatches=2, schedule=schedule)
+    loss = functools.partial(llama_pipeline.loss, pipeline=pipeline)
   tx = optax.chain(pmean_over("replica"), optax.sgd(0.1, momentum=0.9))
   made = make_train_step(
-    lambda p, b: llama.loss(p, b, cfg, context=context), init, tx, mesh, param_specs=specs
+    lambda p, b: loss(p, b, cfg, context=context), init, tx, mesh, param_specs=specs
   )
   batch = jax.device_put(batch, made.batch_sharding)
   compiled = made.compile(batch)
@@ -76,7 +88,7 @@ def on_one_device():
   return train(make_mesh(devices=jax.devices()[:1]), make_batch())
 
 
-def check(sizes, kind, method, sequence_parallel):
+def check(sizes, kind, method, sequence_parallel, schedule="1f1b"):
   mesh = make_mesh(**sizes, axis_types=kind)
   batch, context = make_batch(), None
   if sizes.get("seq", 1) > 1:
@@ -84,7 +96,9 @@ def check(sizes, kind, method, sequence_parallel):
     context = ContextParallel(method=method, layout=layout)
     order, _ = context_permutation(S, sizes["seq"], layout)
     batch = jax.tree.map(lambda x: x[:, order], batch)
-  losses, grads, params = train(mesh, batch, context, sequence_parallel=sequence_parallel)
+  losses, grads, params = train(
+    mesh, batch, context, schedule=schedule, sequence_parallel=sequence_parallel
+  )
   want_losses, want_grads, want_params = on_one_device()
   assert_close((losses[0], grads), (want_losses[0], want_grads), 1e-5)
   assert_close((losses, params), (want_losses, want_params), 1e-4)
@@ -95,9 +109,10 @@ def assert_close(got, want, atol):
 
 
 def splits():
-  """Every way to write 8 as a product of the five sizes."""
+  """Every way to write 8 as a product of the six sizes, with at most two stages of two layers."""
   powers = itertools.product((0, 1, 2, 3), repeat=len(AXES))
-  return [tuple(2**p for p in split) for split in powers if sum(split) == 3]
+  sizes = [tuple(2**p for p in split) for split in powers if sum(split) == 3]
+  return [each for each in sizes if each[3] <= CFG.num_layers]
 
 
 def test_replicas_with_cut_sequences_and_matrices():
@@ -107,8 +122,10 @@ def test_replicas_with_cut_sequences_and_matrices():
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", splits(), ids=lambda sizes: "x".join(map(str, sizes)))
 def test_all(sizes):
-  """The details alternate: kind of axes, attention, and what is cut between blocks."""
+  """The details alternate: kind of axes, attention, schedule, what is cut between blocks."""
   number = splits().index(sizes)
   kind = (AxisType.Auto, AxisType.Explicit)[number % 2]
   method = ("ulysses", "all_gather", "ulysses", "ring")[number % 4]
-  check(dict(zip(AXES, sizes)), kind, method, sequence_parallel=sizes[4] > 1 and number % 3 < 2)
+  schedule = ("1f1b", "1f1b", "gpipe")[number % 3]
+  sequence_parallel = sizes[5] > 1 and number % 3 < 2
+  check(dict(zip(AXES, sizes)), kind, method, sequence_parallel, schedule)
