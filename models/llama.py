@@ -216,7 +216,7 @@ def _logits_spec(params, tokens_BS, cfg: LlamaConfig, context) -> jax.P:
   """Over Explicit axes: rows and tokens as those of `tokens_BS`, V as the output matrix has it."""
   rows, tokens = (*jax.typeof(tokens_BS).sharding.spec, None, None)[:2]
   head = params["embed_VD" if cfg.tie_embeddings else "head_DV"]
-  if not hasattr(head, "shape"):  # a shard of a partition
+  if not isinstance(head, jax.Array):  # a shard of a partition
     return jax.P(rows)
   vocab = (*jax.typeof(head).sharding.spec, None, None)[0 if cfg.tie_embeddings else 1]
   return jax.P(rows, None if context is None else tokens, vocab)
