@@ -165,8 +165,14 @@ def test_packed_batches_do_not(lowers):
 
 def test_the_way_to_the_kernel_changes_no_gradient(monkeypatch):
   """Under sharding both passes have a region of their own; XLA's kernel stands in for cuDNN's."""
-  monkeypatch.setattr(_attention, "_kernel", xla_kernel)
-  mesh = make_mesh(replica=2, data=2)
+  seen = []
+
+  def kernel(q, k, v):
+    seen.append((q.shape[0], k.shape[2]))
+    return xla_kernel(q, k, v)
+
+  monkeypatch.setattr(_attention, "_kernel", kernel)
+  mesh = make_mesh(replica=2, data=2, tensor=2)
   arrays = inputs()
 
   def grads(fn):
@@ -185,3 +191,4 @@ def test_the_way_to_the_kernel_changes_no_gradient(monkeypatch):
     got, want = grads(_attention.cudnn_attention), grads(causal)
   for g, w in zip(got, want):
     np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+  assert set(seen) == {(arrays[0].shape[0] // 4, arrays[1].shape[2] // 2)}  # a device's own
