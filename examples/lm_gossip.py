@@ -23,7 +23,7 @@ _HEEDED_BY = {
   "sam_rho": ("dfedsam",),
   "consensus_lr": ("adagossip", "noloco"),
   "allow_idle": ("noloco",),
-  "overlap": ("sgp",),
+  "overlap": ("ddp", "sgp"),
 }
 
 
@@ -48,7 +48,8 @@ class GossipConfig(RunConfig):
   allow_idle: bool = False
   """noloco with an odd number of replicas: one, drawn anew in each round, steps alone"""
   overlap: bool = False
-  """messages of sgp arrive one step later, and may travel while the gradient is computed"""
+  """sgp: messages arrive one step later, and may travel while the gradient is computed; ddp: each
+  layer's gradient is averaged within the backward pass, which goes on meanwhile"""
 
 
 def check_gossip(config: "MethodConfig") -> None:

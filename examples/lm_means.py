@@ -1,16 +1,21 @@
 """The mean over replicas that the flags of `train_lm.py` ask for."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import optax
 
 import jaxcomm
 from jaxcomm import compressors
+from jaxcomm.collectives import tree_compressed_pmean
+from models import llama
+from parallel import average_gradient, mean_in_backward
 
 if TYPE_CHECKING:
   from lm_methods import MethodConfig
 
 SPARSE = ("rand_k", "top_k")
+BLOCKS = ("int8", "int4", "fp8", "e3m0")
 
 
 def check_compressor(config: "MethodConfig", *, takes: bool) -> None:
@@ -36,14 +41,52 @@ def check_compressor(config: "MethodConfig", *, takes: bool) -> None:
       "`error_feedback` needs a `compressor`, and another method than ef21, got compressor"
       f" {name!r} and method {config.method!r}."
     )
-  if config.rounding != "nearest" and name not in ("int8", "int4", "fp8", "e3m0"):
+  if config.rounding != "nearest" and name not in BLOCKS:
     raise ValueError(f"`rounding` has no effect on compressor {name!r}, got {config.rounding!r}.")
+
+
+def check_overlap(config: "MethodConfig") -> None:
+  """Raises ValueError where gradients cannot be averaged within the backward pass."""
+  if not config.overlap or config.method != "ddp":
+    return
+  if config.compressor_name not in ("none", *BLOCKS):
+    raise ValueError(
+      f"`overlap` needs a `compressor` of {('none', *BLOCKS)}, got {config.compressor_name!r}."
+    )
+  if config.error_feedback or config.rounding != "nearest":
+    raise ValueError(
+      "`overlap` keeps no state: it needs `rounding` 'nearest' and no `error_feedback`, got"
+      f" {config.rounding!r} and {config.error_feedback}."
+    )
+  for name in ("fsdp", "stages", "tensor", "seq_shards"):
+    if (value := getattr(config, name)) != 1:
+      raise ValueError(f"`{name}` must be 1 with `overlap`, got {value}.")
+
+
+def averaging_loss(
+  config: "MethodConfig", loss: Callable[..., Any], model: llama.LlamaConfig
+) -> Callable[..., Any]:
+  """`loss(params, batch)` whose gradient is averaged layer by layer, for `--overlap`."""
+
+  def mean(tree):
+    if config.compressor_name == "none":
+      return jaxcomm.pmean_over("replica").update(tree, optax.EmptyState())[0]
+    return tree_compressed_pmean(tree, "replica", build_compressor(config))
+
+  shared = ("embed_VD",) if model.tie_embeddings else ()
+  partition = mean_in_backward(mean, skip=shared)
+
+  def averaged(params, batch):
+    held = {name: average_gradient(params[name], mean) for name in shared}
+    return loss(params | held, batch, partition=partition)
+
+  return averaged
 
 
 def build_compressor(config: "MethodConfig") -> compressors.Compressor:
   """The compressor that the flags name."""
   name, rounding = config.compressor_name, config.rounding
-  if name in ("int8", "int4", "e3m0", "fp8"):
+  if name in BLOCKS:
     return getattr(compressors, name)(rounding=rounding)
   if name == "top_k":
     return compressors.top_k(ratio=config.keep_ratio)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import optax
 from lm_gossip import GOSSIP, GOSSIP_ROUNDS, GossipConfig, build_gossip, check_gossip
-from lm_means import build_compressor, build_mean, check_compressor
+from lm_means import build_compressor, build_mean, check_compressor, check_overlap
 
 import jaxcomm
 from jaxcomm.transforms import zero_one_adam_levels
@@ -93,6 +93,7 @@ class MethodConfig(GossipConfig):
         raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
     if not 0 < self.keep_ratio <= 1:
       raise ValueError(f"`keep_ratio` must be in (0, 1], got {self.keep_ratio}.")
+    check_overlap(self)
     check_compressor(self, takes=self.method in ("ddp", "ef21", "streaming_diloco", *MEAN_ROUNDS))
     check_gossip(self)
     if self.method == "streaming_diloco":
@@ -181,7 +182,7 @@ def build_transform(
     case "none":
       return inner
     case "ddp":
-      return optax.chain(build_mean(config, specs), inner)
+      return inner if config.overlap else optax.chain(build_mean(config, specs), inner)
     case "local_sgd":
       mean = build_mean(config, specs)
       return jaxcomm.local_sgd(inner, sync_period=config.sync_period, mean=mean)

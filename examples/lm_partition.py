@@ -54,6 +54,8 @@ class PartitionConfig(MethodConfig):
       raise ValueError(f"`method` {self.method!r} needs matrices, `partition` has flat parts.")
     if self.method == "streaming_diloco":
       raise ValueError("`method` 'streaming_diloco' needs layers, `partition` has flat parts.")
+    if self.method == "ddp" and self.overlap:
+      raise ValueError("`overlap` of method 'ddp' needs whole gradients, `partition` shards them.")
     if self.method == "dfedsam":
       raise ValueError("`method` 'dfedsam' needs whole gradients, `partition` shards them.")
     for name in ("data_parallel", "stages", "seq_shards", "tensor"):

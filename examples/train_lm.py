@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from lm_gossip import num_gradients, training_loss
+from lm_means import averaging_loss
 from lm_methods import ROUNDS, build_transform
 from lm_partition import PartitionConfig, make_partitioned_step
 
@@ -224,14 +225,16 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
   rules = {**DEFAULT_RULES, "layers": "stage"}
   specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh, rules)
   loss = build_loss(config, model)
+  within = config.overlap and config.method == "ddp"
   return make_train_step(
-    training_loss(config, loss),
+    averaging_loss(config, loss, model) if within else training_loss(config, loss),
     init,
     build_transform(config, specs, mesh, stacked),
     mesh,
     param_specs=specs,
     num_replicas=config.replicas,
     eval_loss_fn=loss,
+    mean_in_loss=within,
   )
 
 

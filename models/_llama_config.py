@@ -94,6 +94,7 @@ def mini() -> LlamaConfig:
   return LlamaConfig(
     vocab_size=2048, hidden_size=256, num_layers=6, intermediate_size=704, num_heads=8,
     num_kv_heads=4, rope_theta=10_000.0, tie_embeddings=True, max_seq_len=2048, dtype="float32",
+    scan_layers=False,  # a tenth faster on CPU, and exchanges can overlap the backward pass
   )  # fmt: skip
 
 

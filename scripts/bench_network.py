@@ -54,6 +54,7 @@ METHODS = {
   "none": Method(("--method", "none"), 10, 10, 60),
   "ddp": Method(("--method", "ddp"), 4, 4, 8),
   "int8": Method(("--method", "ddp", "--compressor", "int8"), 5, 5, 15),
+  "int8_overlap": Method(("--method", "ddp", "--compressor", "int8", "--overlap"), 5, 5, 15),
   "powersgd": Method(
     ("--method", "powersgd", "--rank", "4", "--exact-steps", "1"), 5, 5, 15, loss_steps=80
   ),

@@ -45,11 +45,32 @@ def test_compressors(train, tiny_flags, tmp_path, compressor):
   assert 0 < summary["wire_bytes_total"] < 0.5 * 6 * summary["dense_wire_bytes_per_step"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_llama")
+def test_ddp_averages_layer_by_layer(train, tiny_flags, tmp_path):
+  within, after = (
+    summary_of(train, tiny_flags, tmp_path / str(len(flags)), "--method", "ddp", *flags)
+    for flags in (["--compressor", "int8", "--overlap"], ["--compressor", "none"])
+  )
+  assert within["final_loss"] == pytest.approx(after["final_loss"], rel=3e-3)
+  assert 0 < within["wire_bytes_total"] < 0.5 * after["wire_bytes_total"]  # whole blocks
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
     (["--method", "demo", "--compressor", "int8"], "`compressor` has no effect with method 'demo'"),
     (["--method", "ef21", "--compressor", "none"], "`compressor` must not be 'none'"),
+    (["--overlap"], "`overlap` has no effect with method 'diloco'"),
+    (["--method", "ddp", "--overlap", "--fsdp", "2"], "`fsdp` must be 1 with `overlap`, got 2"),
+    (
+      ["--method", "ddp", "--overlap", "--compressor", "top_k"],
+      "`overlap` needs a `compressor` of ('none', 'int8', 'int4', 'fp8', 'e3m0'), got 'top_k'",
+    ),
+    (
+      ["--method", "ddp", "--overlap", "--compressor", "int8", "--rounding", "stochastic"],
+      "`overlap` keeps no state",
+    ),
     (["--method", "powersgd", "--rank", "0"], "`rank` must be at least 1, got 0"),
     (["--compressor", "top_k", "--keep-ratio", "0"], "`keep_ratio` must be in (0, 1], got 0.0"),
     (["--compressor", "sign", "--rounding", "stochastic"], "`rounding` has no effect"),
