@@ -194,7 +194,7 @@ def make_zero_step(
       parts.step(layout),
       donate_argnums=0,
       out_shardings=(layout.shardings, None),
-      compiler_options=overlap_options(mesh.devices.flat[0].platform) or None,
+      compiler_options=overlap_options(mesh.devices.flat[0]) or None,
     ),
     evaluate=jax.jit(parts.evaluate(layout)),
     layout=layout,

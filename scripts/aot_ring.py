@@ -48,7 +48,14 @@ def report(mesh, tokens: int, capacity: int) -> None:
   """Compiles both passes and prints a line for each."""
   attend, args = attention(mesh, tokens)
   for name, function in passes(attend).items():
-    compiled = jax.jit(function).lower(*args).compile()
+    lowered = jax.jit(function).lower(*args)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:  # XLA:TPU compiles nothing that does not fit
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      print(f"{mesh.size} devices, {name}: does not fit: {str(e).splitlines()[0]}", flush=True)
+      continue
     memory = compiled.memory_analysis()
     assert memory is not None  # which only some back ends lack
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

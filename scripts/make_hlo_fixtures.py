@@ -383,10 +383,11 @@ def main():
   platform, only = parser.parse_args().target, parser.parse_args().only
   out = ROOT / "tests" / "jaxcomm" / "inspect" / "fixtures" / platform
   out.mkdir(parents=True, exist_ok=True)
-  for name, (f, arguments), is_async in _programs(target(TARGETS[platform]).devices):
+  devices = target(TARGETS[platform]).devices
+  for name, (f, arguments), is_async in _programs(devices):
     if not name.startswith(only):
       continue
-    options = overlap_options(platform) if is_async else None
+    options = overlap_options(devices[0]) if is_async else None
     text = jax.jit(f).lower(*arguments).compile(compiler_options=options).as_text() or ""
     data = gzip.compress(_without_sources(text).encode(), mtime=0)
     (out / f"{name}.txt.gz").write_bytes(data)

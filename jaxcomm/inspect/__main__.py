@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", _CPU_DEVICES)
   try:
     _inspect(flags.target, command, flags.out)
-  except (ValueError, ImportError, NotImplementedError, OSError) as e:
+  except (ValueError, ImportError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as e:
     print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
     raise SystemExit(1) from e
 

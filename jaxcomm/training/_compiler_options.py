@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 Options = dict[str, bool | int | float | str]
 
@@ -15,31 +16,34 @@ _OVERLAP: dict[str, Options] = {
   "tpu": {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
     "xla_tpu_enable_async_all_to_all": True,
     "xla_jf_crs_combiner_threshold_in_bytes": 0,
   },
 }
+# On other TPUs XLA refuses it: their all-reduces stay synchronous.
+_OVERLAP_V5E: Options = {"xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
 
 
 _changes: Options = {}  # of this process, by flag
 
 
-def overlap_options(platform: str) -> Options:
-  """What the steps of `make_train_step` are compiled with on devices of `platform`.
+def overlap_options(device: Any) -> Options:
+  """What the steps of `make_train_step` are compiled with on devices like `device`.
 
   Args:
-    platform: of the devices, as `jax.Device.platform` has it; `cpu` needs none.
+    device: a `jax.Device`, also of a `jaxcomm.inspect.target`; a CPU needs no options.
 
   Returns:
     Options for `jax.jit(..., compiler_options=...)`, with the changes of `change_options`.
 
   Example:
+    >>> import jax
     >>> from jaxcomm.training import overlap_options
-    >>> overlap_options("gpu"), overlap_options("cpu")
-    ({'xla_gpu_all_reduce_combine_threshold_bytes': 0}, {})
+    >>> overlap_options(jax.devices("cpu")[0])
+    {}
   """
-  return _OVERLAP.get(platform, {}) | _changes
+  v5e = _OVERLAP_V5E if device.device_kind == "TPU v5 lite" else {}
+  return _OVERLAP.get(device.platform, {}) | v5e | _changes
 
 
 def change_options(changes: Sequence[str]) -> None:

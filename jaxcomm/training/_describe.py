@@ -33,7 +33,7 @@ def describe_run(task: Task) -> str:
   mesh = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
   device = layout.mesh.devices.flat[0].device_kind
   stacked = f", {layout.num_replicas} replicas stacked on the devices" if layout.stacked else ""
-  options = overlap_options(layout.mesh.devices.flat[0].platform)
+  options = overlap_options(layout.mesh.devices.flat[0])
   given = ", ".join(f"{name}={value}" for name, value in options.items())
   return (
     f"{task.title}\nparameters: {num_params(task):,}\n"

@@ -118,7 +118,7 @@ def make_train_step(
   """Builds the step; which state differs per replica is read from the types of the update.
 
   Wire: over `replica` only what `tx` sends; over the other axes what the compiler inserts for
-  data parallelism and FSDP. The step is compiled with `overlap_options` of the mesh's platform.
+  data parallelism and FSDP. The step is compiled with `overlap_options` of the mesh's devices.
 
   Args:
     loss_fn: `(params, batch) -> (loss, aux)`: the mean loss over the batch given, and a dict of
@@ -161,9 +161,7 @@ def make_train_step(
     raise ValueError(
       f"mesh axis 'replica' must have size 1 or `num_replicas`={num_replicas}, got {size}."
     )
-  layout = make_layout(
-    init_params, tx, mesh, param_specs, num_replicas, equal_grads=mean_in_loss
-  )
+  layout = make_layout(init_params, tx, mesh, param_specs, num_replicas, equal_grads=mean_in_loss)
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
   def update(state: TrainState, grads):
@@ -208,7 +206,7 @@ def make_train_step(
       step,
       donate_argnums=0,
       out_shardings=(layout.shardings, None),
-      compiler_options=overlap_options(mesh.devices.flat[0].platform) or None,
+      compiler_options=overlap_options(mesh.devices.flat[0]) or None,
     ),
     evaluate=jax.jit(layout.over_replicas(local_eval, returns_state=False)),
     layout=layout,

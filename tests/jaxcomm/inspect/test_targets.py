@@ -88,7 +88,7 @@ def test_ladder_overlaps(name, hidden):
   programs = types.SimpleNamespace(**runpy.run_path(str(SCRIPT)))
   mesh = jax.sharding.Mesh(np.array(chosen.devices).reshape(2, 4), ("data", "tensor"))
   function, arguments = programs.ladder_program(mesh)
-  options = programs.overlap_options(chosen.devices[0].platform)
+  options = programs.overlap_options(chosen.devices[0])
   compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
   report = inspect.overlap_report(compiled, mesh)
   assert [c.num_matmuls for c in report.collectives] == hidden

@@ -1,5 +1,7 @@
 """The options that steps are compiled with: defaults, changes, and where they arrive."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,6 +9,8 @@ import pytest
 
 from jaxcomm.training import RunConfig, make_train_step, overlap_options, start_devices
 from jaxcomm.training._compiler_options import change_options, parse_options
+
+GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +34,19 @@ def test_unreadable_change_raises(change):
 
 def test_a_flag_wins_over_the_default():
   name = "xla_gpu_all_reduce_combine_threshold_bytes"
-  assert overlap_options("gpu")[name] == 0
+  assert overlap_options(GPU)[name] == 0
   start_devices(RunConfig(replicas=1, compiler_options=[f"{name}=7"]))
-  assert overlap_options("gpu")[name] == 7
+  assert overlap_options(GPU)[name] == 7
   start_devices(RunConfig(replicas=1))
-  assert overlap_options("gpu")[name] == 0
+  assert overlap_options(GPU)[name] == 0
+
+
+def test_only_v5e_gets_what_other_tpus_refuse():
+  v5e, v5p = (
+    types.SimpleNamespace(platform="tpu", device_kind=f"TPU v5{k}") for k in (" lite", "")
+  )
+  more = overlap_options(v5e).keys() - overlap_options(v5p).keys()
+  assert more == {"xla_tpu_enable_async_collective_fusion_fuse_all_reduce"}
 
 
 def test_the_compiler_sees_them():
