@@ -96,6 +96,42 @@ def test_is_diloco_where_nothing_is_late(case):
     assert np.abs(np.asarray(eager[:, 0] - plain[:, 0])).max() > 0.05
 
 
+@pytest.mark.parametrize("outer", [(0.7, 0.9), (1.0, 0.0)])
+def test_a_late_mean_bears_less_outer_momentum_than_a_prompt_one(outer):
+  """Where a round reaches its minimum, the outer steps of both methods are linear recursions."""
+  lr, momentum = outer
+  sgd = optax.sgd(lr, momentum=momentum, nesterov=True)
+  prompt = optax.chain(jaxcomm.pmean_over("replica"), sgd)
+  methods = (diloco(optax.sgd(1.0), prompt, sync_period=1),
+             eager_diloco(optax.sgd(1.0), sgd, sync_period=1))  # fmt: skip
+
+  def after_rounds(tx, start):
+    def step(carry, _):
+      theta, state = carry
+      updates, state = tx.update(theta, state, theta)
+      return (optax.apply_updates(theta, updates), state), None
+
+    return jax.lax.scan(step, (start, tx.init(start)), length=100)[0][0]
+
+  start = jnp.ones(REPLICAS)
+  ends = [jax.jit(jax.vmap(lambda x, tx=tx: after_rounds(tx, x), axis_name="replica"))(start)
+          for tx in methods]  # fmt: skip
+
+  # Equal replicas: Theta' = Theta - lr (g + momentum b'), b' = momentum b + g, and g is Theta, or a
+  # share 1/N of it and the rest of the one before.
+  def radius(share):
+    g = np.array([share, 1 - share, 0.0])
+    buffer = g + np.array([0, 0, momentum])
+    theta = np.array([1.0, 0, 0]) - lr * (g + momentum * buffer)
+    return max(abs(np.linalg.eigvals(np.stack([theta, [1, 0, 0], buffer]))))
+
+  radii = radius(1.0), radius(1 / REPLICAS)
+  assert radii[0] < 1
+  assert (radii[1] > 1) == (momentum > 0)
+  for end, r in zip(ends, radii):
+    assert (np.abs(end) > 1e3).all() if r > 1 else (np.abs(end) < 1e-2).all()
+
+
 def test_one_compressed_mean_per_round():
   mesh = jax.make_mesh(
     (4,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
