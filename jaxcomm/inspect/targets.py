@@ -24,8 +24,10 @@ _PACKAGES = {
   "gpu": ("aot-gpu", ("jax_cuda12_plugin", "jax_cuda13_plugin")),
   "tpu": ("aot-tpu", ("libtpu",)),
 }
-# Read when the compilers' libraries start: no metadata server to ask, no CUDA driver to check.
+# Read when the compilers' libraries start: no metadata server to ask, no CUDA driver to check, no
+# TPU to reserve for one process.
 _ENVIRONMENT = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
