@@ -59,6 +59,17 @@ def loss(
   Raises:
     ValueError: as in `llama.loss`; or stages do not divide the layers, microbatches the rows;
       or the region is manual over `tensor`, or there is no axis of stages.
+
+  Example:
+    >>> from parallel import make_mesh
+    >>> cfg, mesh = llama.nano(), make_mesh(devices=jax.devices()[:1])
+    >>> params = jax.jit(llama.init, static_argnums=1)(jax.random.key(0), cfg)
+    >>> batch = {k: jnp.zeros((4, 8), int) for k in ("tokens", "targets")}
+    >>> batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P()))
+    >>> halves = PipelineParallel(num_microbatches=2)
+    >>> value, aux = jax.jit(lambda p, b: loss(p, b, cfg, pipeline=halves))(params, batch)
+    >>> int(aux["tokens"])
+    32
   """
   llama._check_keys(batch)
   tokens_BS = batch["tokens"]
@@ -73,7 +84,8 @@ def loss(
   # Divided at the source: a route may part the tokens of a batch.
   data = {k: v for k, v in batch.items() if k != "loss_mask"} | {"weight": mask_BS * scale}
   run = _Run(cfg, pipeline, context, z_loss)
-  value, aux = _objective(run, params, jax.lax.stop_gradient(data), jnp.asarray(step))
+  out: Any = _objective(run, params, jax.lax.stop_gradient(data), jnp.asarray(step))
+  value, aux = out
   return value, jax.lax.stop_gradient(aux) | {"tokens": count}
 
 
@@ -159,11 +171,11 @@ def _parts(params):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _objective(run: _Run, params, data, step):
+def _objective(run: _Run, params, data, step) -> Any:
   return _in_region(run, run.loss, params, data, step, with_grads=False)
 
 
-def _forward(run, params, data, step):
+def _forward(run, params, data, step) -> tuple[Any, Any]:
   return _in_region(run, run.value_and_grad, params, data, step, with_grads=True)
 
 
@@ -176,7 +188,7 @@ def _backward(run, grads, cotangent):
 _objective.defvjp(_forward, _backward)
 
 
-def _in_region(run: _Run, fn, params, data, step, *, with_grads: bool):
+def _in_region(run: _Run, fn, params, data, step, *, with_grads: bool) -> Any:
   """`fn(params, data, step)` where the stages are manual.
 
   JAX 0.10 cannot differentiate a manual region within one that is manual over other axes (as
@@ -187,7 +199,10 @@ def _in_region(run: _Run, fn, params, data, step, *, with_grads: bool):
   if axis in mesh.manual_axes:
     return fn(params, data, step)
   if mesh.explicit_axes:
-    call = functools.partial(_in_region, run, fn, with_grads=with_grads)
+
+    def call(params, data, step):
+      return _in_region(run, fn, params, data, step, with_grads=with_grads)
+
     grads = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
     with jax.sharding.use_abstract_mesh(mesh):
       auto = jax.sharding.auto_axes(
@@ -203,7 +218,7 @@ def _in_region(run: _Run, fn, params, data, step, *, with_grads: bool):
     value = value if rows is None else jax.lax.psum(value, rows)
     return (value, grads) if with_grads else value
 
-  region = jax.shard_map(
+  region: Any = jax.shard_map(
     local,
     mesh=mesh,
     in_specs=(spec, jax.P(rows, tokens), jax.P()),

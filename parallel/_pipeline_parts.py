@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxcomm import _axes
 from parallel.mesh import STAGE
@@ -214,4 +215,4 @@ def _axes_used(jaxpr) -> set[str]:
 
 
 def _program(value) -> bool:
-  return isinstance(value, jax.extend.core.Jaxpr | jax.extend.core.ClosedJaxpr)
+  return isinstance(value, Jaxpr | ClosedJaxpr)

@@ -133,8 +133,9 @@ def pipeline_loss(
 
   def run(stage_params, shared, batch, step=0):
     _warn(line)
-    varied = vary_alike(axis_name, stage_params, shared, batch)
-    return total(_pipeline_gpipe.local_loss(line, loss_fn, *varied, step), axis_name)
+    stages, shared, batch = vary_alike(axis_name, stage_params, shared, batch)
+    value = _pipeline_gpipe.local_loss(line, loss_fn, stages, shared, batch, step)
+    return total(value, axis_name)
 
   return run
 
@@ -192,13 +193,13 @@ def pipeline_value_and_grad(
   def run(stage_params, shared, batch, step=0):
     _warn(line)
     params = _not_differentiated((stage_params, shared))
-    *varied, batch = vary_alike(axis_name, *params, batch)
+    stages, outer, batch = vary_alike(axis_name, *params, batch)
     if schedule == "1f1b":
-      value, grads = _pipeline_1f1b.local_value_and_grad(line, loss_fn, *varied, batch, step)
+      value, grads = _pipeline_1f1b.local_value_and_grad(line, loss_fn, stages, outer, batch, step)
     else:
       local = functools.partial(_pipeline_gpipe.local_loss, line, loss_fn)
       grad_fn = jax.value_and_grad(local, argnums=(0, 1), has_aux=True)
-      value, grads = grad_fn(*varied, batch, step)
+      value, grads = grad_fn(stages, outer, batch, step)
     of_stage = sum_like(grads[0], stage_params, known=frozenset((axis_name,)))
     of_shared = sum_like(total(grads[1], axis_name), shared, known=frozenset((axis_name,)))
     return total(value, axis_name), (of_stage, of_shared)
