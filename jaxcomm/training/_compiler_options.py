@@ -8,22 +8,19 @@ Options = dict[str, bool | int | float | str]
 
 # Seen in programs compiled ahead of time with jax 0.10.2, libtpu 0.0.52 and CUDA 12.9
 # (`jaxcomm.inspect.overlap_report`); what each changes is in docs/howto/overlap.md.
-_OVERLAP: dict[str, Options] = {
-  "gpu": {
-    # All-reduces stay apart, so that each can start as soon as its operand is there.
-    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
-  },
-  "tpu": {
-    "xla_enable_async_all_reduce": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_all_to_all": True,
-    "xla_jf_crs_combiner_threshold_in_bytes": 0,
-  },
+_GPU: Options = {
+  # All-reduces stay apart, so that each can start as soon as its operand is there.
+  "xla_gpu_all_reduce_combine_threshold_bytes": 0,
 }
-# On other TPUs XLA refuses it: their all-reduces stay synchronous.
-_OVERLAP_V5E: Options = {"xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True}
-
-
+# Of v5e only: v5p refuses the fusion of all-reduces, overlaps none with the others, and large steps
+# then fail to compile.
+_TPU_V5E: Options = {
+  "xla_enable_async_all_reduce": True,
+  "xla_tpu_enable_async_collective_fusion": True,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+  "xla_tpu_enable_async_all_to_all": True,
+  "xla_jf_crs_combiner_threshold_in_bytes": 0,
+}
 _changes: Options = {}  # of this process, by flag
 
 
@@ -31,7 +28,7 @@ def overlap_options(device: Any) -> Options:
   """What the steps of `make_train_step` are compiled with on devices like `device`.
 
   Args:
-    device: a `jax.Device`, also of a `jaxcomm.inspect.target`; a CPU needs no options.
+    device: a `jax.Device`, also of a `jaxcomm.inspect.target`. GPUs and TPU v5e have options.
 
   Returns:
     Options for `jax.jit(..., compiler_options=...)`, with the changes of `change_options`.
@@ -42,8 +39,9 @@ def overlap_options(device: Any) -> Options:
     >>> overlap_options(jax.devices("cpu")[0])
     {}
   """
-  v5e = _OVERLAP_V5E if device.device_kind == "TPU v5 lite" else {}
-  return _OVERLAP.get(device.platform, {}) | v5e | _changes
+  if device.platform == "gpu":
+    return _GPU | _changes
+  return (_TPU_V5E if device.device_kind == "TPU v5 lite" else {}) | _changes
 
 
 def change_options(changes: Sequence[str]) -> None:
