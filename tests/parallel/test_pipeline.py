@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcomm.inspect import collective_bytes
 from parallel import (
   PipelineParallel,
   pipeline,
@@ -61,6 +62,8 @@ def test_hops_per_tick(schedule, hops):
   assert pairs
   assert all("{3,0}" not in p and "{0,3}" not in p for p in pairs)
   assert "collective_permute" not in lower(dataclasses.replace(case, size=1)).as_text()
+  one_way = (case.num_microbatches + case.size - 1) * 2 * toy.LENGTH * toy.WIDTH * 4
+  assert collective_bytes(compiled, case.mesh).by_kind["collective-permute"] == 2 * one_way
   check(case, compiled)
 
 
