@@ -48,7 +48,7 @@ def flags(source, text):
   return [
     *("--model", str(source), "--data", str(text), "--compressor", "none", "--lr", "1e-2"),
     *("--seq-len", "16", "--batch-size", "8", "--replicas", "2", "--eval-batches", "1"),
-    *("--eval-every", "3", "--save-every", "2", "--sync-period", "4", "--schedule-steps", "6"),
+    *("--eval-every", "3", "--save-every", "2", "--sync-period", "3", "--schedule-steps", "6"),
   ]
 
 
@@ -118,13 +118,16 @@ def test_a_folder_in_and_out_also_after_a_stop(finetune, source, text, run, tmp_
   np.testing.assert_allclose(summary["eval_loss"], last, rtol=1e-6)
   assert last < first - 0.05
 
-  run("--steps", "5", "--out", tmp_path / "stopped")  # in the middle of a round of 4
-  run("--steps", "6", "--out", tmp_path / "stopped", "--resume")
-  assert_same_folder(tmp_path / "stopped" / "hf-6", folder)
-  shutil.rmtree(tmp_path / "stopped" / "hf-6")  # as if killed before it was written
-  assert "hf-6: the fine-tuned model" in run("--out", tmp_path / "stopped", "--resume")
-  assert_same_folder(tmp_path / "stopped" / "hf-6", folder)
-  assert "hf-6 is there already." in run("--out", tmp_path / "stopped", "--resume")
+  stopped = shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+  for name in ("checkpoints/6", "hf-6"):  # as if killed after step 4, in the middle of a round of 3
+    shutil.rmtree(stopped / name)
+  (stopped / "summary.json").unlink()
+  assert "resumed from step 4" in run("--steps", "6", "--out", stopped, "--resume")
+  assert_same_folder(stopped / "hf-6", folder)
+  shutil.rmtree(stopped / "hf-6")  # as if killed before it was written
+  assert "hf-6: the fine-tuned model" in run("--out", stopped, "--resume")
+  assert_same_folder(stopped / "hf-6", folder)
+  assert "hf-6 is there already." in run("--out", stopped, "--resume")
 
 
 def test_a_dry_run_reads_no_parameters(finetune, run, monkeypatch):
