@@ -155,7 +155,8 @@ def pipeline_value_and_grad(
 
   To be called in a region that is manual over `axis_name`. Gradients have the types of their
   parameters: those of `shared` are summed over stages, and all over further manual axes over which
-  the parameters are equal, once, after the last tick. It cannot be differentiated.
+  the parameters are equal, once, after the last tick; types say which (`check_vma`). It cannot be
+  differentiated.
 
   Wire: `gpipe`, as `pipeline` both ways, and one reduce-scatter and all-gather of the outputs of M
   microbatches, with which all stages share the work of `loss_fn`. `1f1b`: `M + S - 1` inputs of a
