@@ -205,7 +205,7 @@ def _in_region(run: _Run, fn, params, data, step, *, with_grads: bool) -> Any:
 
     grads = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
     with jax.sharding.use_abstract_mesh(mesh):
-      auto = jax.sharding.auto_axes(
+      auto: Any = jax.sharding.auto_axes(
         call, axes=mesh.explicit_axes, out_sharding=(jax.P(), grads) if with_grads else jax.P()
       )
       return auto(params, data, step)
