@@ -12,8 +12,7 @@ _GPU: Options = {
   # All-reduces stay apart, so that each can start as soon as its operand is there.
   "xla_gpu_all_reduce_combine_threshold_bytes": 0,
 }
-# Of v5e only: v5p refuses the fusion of all-reduces, overlaps none with the others, and large steps
-# then fail to compile.
+# Of v5e only: v5p refuses the fusion of all-reduces, and overlaps none with the others.
 _TPU_V5E: Options = {
   "xla_enable_async_all_reduce": True,
   "xla_tpu_enable_async_collective_fusion": True,
