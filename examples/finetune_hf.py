@@ -20,19 +20,16 @@ cores: evaluation loss from 7.6 to about 5.6.
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from lm_gossip import num_gradients
 from train_lm import Config as TrainConfig
-from train_lm import build_data, build_step, load_corpora
+from train_lm import build_step, build_task, load_corpora, with_flags
 
 import jaxcomm
 from jaxcomm import data
-from jaxcomm.training import Checkpoints, Task, TrainState, TrainStep, launch, run, start_devices
+from jaxcomm.training import Checkpoints, TrainState, TrainStep, launch, run, start_devices
 from models import hdee, llama, load_hf, load_hf_config, save_hf
 
 # What transformers writes beside tokenizer.json.
@@ -89,10 +86,8 @@ def open_source(config: Config) -> Source:
   Raises:
     ValueError: it is no folder that `models.load_hf` takes, or lacks a tokenizer.json.
   """
-  names = ("vocab_size", "dtype", "attention", "remat", "sequence_parallel")
-  flags = {k: v for k in names if (v := getattr(config, k)) is not None}
   if config.model is None:
-    cfg = dataclasses.replace(getattr(llama, config.preset)(), **flags)
+    cfg = with_flags(config, getattr(llama, config.preset)())
     return Source(cfg=cfg, dtype=cfg.param_dtype, folder=None, tokenizer=config.tokenizer)
   folder = pathlib.Path(config.model)
   try:
@@ -105,7 +100,7 @@ def open_source(config: Config) -> Source:
       f"`model` must have the tokenizer.json that it was trained with, or `tokenizer` name it, got"
       f" no file {tokenizer}."
     )
-  trained = dataclasses.replace(cfg, param_dtype="float32", **flags)
+  trained = with_flags(config, dataclasses.replace(cfg, param_dtype="float32"))
   return Source(cfg=trained, dtype=cfg.param_dtype, folder=folder, tokenizer=tokenizer)
 
 
@@ -166,29 +161,6 @@ def export(path: pathlib.Path, source: Source, corpus: data.TextCorpus, make_par
   say(f"{path}: the fine-tuned model, {source.dtype}.", flush=True)
 
 
-def build_task(
-  config: Config, source: Source, corpora: list[data.TextCorpus], train_step: TrainStep
-) -> Task:
-  """What is trained on what."""
-  batches, evaluation = build_data(config, corpora, train_step)
-  rows = (config.batch_size, config.seq_len)
-  dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
-  dtypes["loss_mask"] = jnp.float32
-  flops = llama.flops_per_token(source.cfg, config.seq_len)
-  name = f"new {config.preset}" if source.folder is None else source.folder.resolve().name
-  return Task(
-    train_step=train_step,
-    batches=batches,
-    eval_batches=lambda: evaluation,
-    batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
-    tokens_per_step=math.prod(rows),
-    flops_per_step=num_gradients(config) * math.prod(rows) * flops,
-    exchange_shares=config.exchange_shares,
-    data=data.provenance(corpora),
-    title=f"finetune_hf: {name}, {config.method}",
-  )
-
-
 def main(config: Config) -> None:
   """Reads the folder, trains its model, and writes the folder that it has become."""
   if config.schedule_steps is None:
@@ -197,7 +169,9 @@ def main(config: Config) -> None:
   source = open_source(config)
   corpora = load_corpora(dataclasses.replace(config, tokenizer=source.tokenizer), source.cfg)
   train_step = start_from(source, build_step(config, source.cfg, devices))
-  result = run(config, build_task(config, source, corpora, train_step))
+  name = f"new {config.preset}" if source.folder is None else source.folder.resolve().name
+  title = f"finetune_hf: {name}"
+  result = run(config, build_task(config, source.cfg, corpora, train_step, title))
   if config.out is None or config.dry_run or (result is not None and result.terminated):
     return
   out = pathlib.Path(config.out)

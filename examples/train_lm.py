@@ -238,40 +238,51 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
   )
 
 
-def main(config: Config) -> None:
-  """Builds mesh, model, data and method, and runs them."""
-  if config.schedule_steps is None:
-    config = dataclasses.replace(config, schedule_steps=config.steps)
-  devices = start_devices(config)
-  model = getattr(llama, config.preset)()
+def with_flags(config: Config, model: llama.LlamaConfig) -> llama.LlamaConfig:
+  """`model` as the flags change it."""
   names = ("vocab_size", "dtype", "attention", "remat", "sequence_parallel")
   changes = {k: v for k in names if (v := getattr(config, k)) is not None}
-  model = dataclasses.replace(model, **changes)
-  corpora = load_corpora(config, model)
+  return dataclasses.replace(model, **changes)
 
-  train_step = build_step(config, model, devices)
+
+def build_task(
+  config: Config,
+  model: llama.LlamaConfig,
+  corpora: list[data.TextCorpus],
+  train_step: TrainStep,
+  title: str,
+) -> Task:
+  """What `run` trains; to `title` it adds the method."""
   batches, evaluation = build_data(config, corpora, train_step)
   has_rounds = config.method in (*ROUNDS, "streaming_diloco")
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32
-  run(
-    config,
-    Task(
-      train_step=train_step,
-      batches=batches,
-      eval_batches=lambda: evaluation,
-      batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
-      tokens_per_step=math.prod(rows),
-      flops_per_step=num_gradients(config)
-      * math.prod(rows)
-      * llama.flops_per_token(model, config.seq_len),
-      exchange_shares=config.exchange_shares,
-      data=data.provenance(corpora),
-      title=f"train_lm: {config.preset} {config.model}, {config.method}"
-      + (f" every {config.sync_period} steps" if has_rounds else ""),
-    ),
+  flops = math.prod(rows) * llama.flops_per_token(model, config.seq_len)
+  return Task(
+    train_step=train_step,
+    batches=batches,
+    eval_batches=lambda: evaluation,
+    batch_shapes={k: jax.ShapeDtypeStruct(rows, v) for k, v in dtypes.items()},
+    tokens_per_step=math.prod(rows),
+    flops_per_step=num_gradients(config) * flops,
+    exchange_shares=config.exchange_shares,
+    data=data.provenance(corpora),
+    title=f"{title}, {config.method}"
+    + (f" every {config.sync_period} steps" if has_rounds else ""),
   )
+
+
+def main(config: Config) -> None:
+  """Builds mesh, model, data and method, and runs them."""
+  if config.schedule_steps is None:
+    config = dataclasses.replace(config, schedule_steps=config.steps)
+  devices = start_devices(config)
+  model = with_flags(config, getattr(llama, config.preset)())
+  corpora = load_corpora(config, model)
+  train_step = build_step(config, model, devices)
+  title = f"train_lm: {config.preset} {config.model}"
+  run(config, build_task(config, model, corpora, train_step, title))
 
 
 if __name__ == "__main__":
