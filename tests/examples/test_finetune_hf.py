@@ -1,5 +1,6 @@
 """`examples/finetune_hf.py`: a folder in, a folder out; resume; folders it must refuse."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -208,7 +209,9 @@ def test_bfloat16_folders_come_out_in_bfloat16(source, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_new_model(finetune, text, capsys, tmp_path):
+def test_a_new_model(finetune, text, capsys, tmp_path, monkeypatch):
+  small = dataclasses.replace(llama.nano(), hidden_size=16, num_layers=1)
+  monkeypatch.setattr(llama, "nano", lambda: small)
   argv = [
     *("--preset", "nano", "--vocab-size", "300", "--data", str(text), "--steps", "4"),
     *("--seq-len", "16", "--batch-size", "8", "--replicas", "2", "--out", str(tmp_path / "run")),

@@ -11,6 +11,7 @@ from jaxcomm.training import launch, read_metrics
 from tests.examples.load_script import load_script
 
 SEQ_LEN = 128
+CUT = ["--replicas", "2", "--seq-shards", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +117,7 @@ def rows_of(path):
 
 @pytest.mark.slow
 def test_a_run_and_one_that_was_interrupted(run, tmp_path):
-  cut = ["--replicas", "2", "--seq-shards", "2"]
-  out = run(*cut, "--steps", "4", "--out", tmp_path / "whole")
+  out = run(*CUT, "--steps", "4", "--out", tmp_path / "whole")
   assert "loss of the answers by distance" in out
   assert "from      32 tokens  " in out
   assert (tmp_path / "whole" / "distance.png").stat().st_size > 5000
@@ -125,16 +125,16 @@ def test_a_run_and_one_that_was_interrupted(run, tmp_path):
   assert all(r["loss"] == pytest.approx(r["text"] + r["recall"], rel=1e-5) for r in rows[1:])
   summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
   assert summary["wire_bytes_per_step"]["seq"] > 0
-  run(*cut, "--steps", "2", "--out", tmp_path / "stopped")
+  run(*CUT, "--steps", "2", "--out", tmp_path / "stopped")
   run("--resume", "--steps", "4", "--out", tmp_path / "stopped")
   assert rows_of(tmp_path / "stopped") == rows
 
 
 @pytest.mark.slow
 def test_losses_are_those_of_uncut_sequences(run, tmp_path):
-  run("--replicas", "1", "--seq-shards", "1", "--steps", "4", "--out", tmp_path / "one")
+  run("--replicas", "2", "--seq-shards", "1", "--steps", "4", "--out", tmp_path / "one")
   want = rows_of(tmp_path / "one")
-  run("--replicas", "1", "--seq-shards", "4", "--steps", "4", "--out", tmp_path / "ring")
+  run(*CUT, "--steps", "4", "--out", tmp_path / "ring")
   for got, row in zip(rows_of(tmp_path / "ring"), want, strict=True):
     for name in ("loss", "text", "recall", "recall_32", "eval_loss"):
       assert got.get(name) == (pytest.approx(row[name], abs=1e-4) if name in row else None)
