@@ -9,8 +9,8 @@ seeds 0, 1 and 2 (`METHODS` are the methods, `refine` is the second half of the 
   rates.
 
 With 8 replicas every method starts from what it found with 4 and tries that rate, a lower and a
-higher one; `ddp` needs no trial: the mean gradient of the same batch is the same. Replicas are stacked on one device, one process per core; the transforms are those of
-`examples/train_lm.py`.
+higher one; `ddp` needs no trial: the mean gradient of the same batch is the same. Replicas are
+stacked on one device, one process per core; the transforms are those of `examples/train_lm.py`.
 
 The study of why H = 20 stays behind data parallelism (4-bit means, an exchange after every step,
 three times as many steps, four times as many sequences per step) uses the settings found.

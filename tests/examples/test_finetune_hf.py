@@ -101,6 +101,7 @@ def evaluation_losses(text, *folders):
   return [float(loss(params)) for _, _, params in loaded]
 
 
+@pytest.mark.slow
 def test_a_folder_in_and_out_also_after_a_stop(finetune, source, text, run, tmp_path):
   before = {p.name: p.read_bytes() for p in source.iterdir()}
   out = run("--steps", "6", "--out", tmp_path / "whole")

@@ -85,9 +85,7 @@ def test_a_saved_folder_takes_further_entries_and_files(tmp_path):
   assert (tmp_path / "out" / "tokenizer.json").read_text() == "some"
   assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
   assert models.load_hf_config(tmp_path / "out") == (llama, cfg)
-  with pytest.raises(
-    ValueError, match="`entries` must not have what `cfg` says, got"
-  ):
+  with pytest.raises(ValueError, match="`entries` must not have what `cfg` says, got"):
     models.save_hf(params, cfg, tmp_path / "bad", entries={"head_dim": 7})
   for name in ("config.json", "model.safetensors", "a/b"):
     with pytest.raises(ValueError, match=r"`files` must be neither config\.json nor"):

@@ -96,6 +96,7 @@ def products_before_the_first_exchange(text: str) -> float:
   return sum(i < exchanges[0] for i in products) / len(products)
 
 
+@pytest.mark.slow
 def test_an_exchange_starts_before_the_backward_pass_ends_and_its_bytes_are_those_of_the_parts():
   cfg = config(scan_layers=False, num_layers=3)
   within, after = (step(cfg, rounded, within=w) for w in (True, False))

@@ -243,7 +243,8 @@ def test_large_and_shifted_scores():
 
 # Merging.
 
-PARTIAL = st.tuples(st.floats(-5, 5, width=32), st.floats(-50, 50, width=32) | st.just(-np.inf))
+NORMAL = {"width": 32, "allow_subnormal": False}  # XLA flushes subnormal numbers to zero
+PARTIAL = st.tuples(st.floats(-5, 5, **NORMAL), st.floats(-50, 50, **NORMAL) | st.just(-np.inf))
 
 
 @jax.jit
