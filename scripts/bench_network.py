@@ -52,7 +52,7 @@ class Method:
 
 METHODS = {
   "none": Method(("--method", "none"), 10, 10, 60),
-  "ddp": Method(("--method", "ddp"), 4, 4, 8),
+  "ddp": Method(("--method", "ddp"), 2, 2, 6),
   "int8": Method(("--method", "ddp", "--compressor", "int8"), 5, 5, 15),
   "int8_overlap": Method(("--method", "ddp", "--compressor", "int8", "--overlap"), 5, 5, 15),
   "powersgd": Method(
