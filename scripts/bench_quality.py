@@ -13,7 +13,8 @@ higher one; `ddp` needs no trial: the mean gradient of the same batch is the sam
 stacked on one device, one process per core; the transforms are those of `examples/train_lm.py`.
 
 The study of why H = 20 stays behind data parallelism (4-bit means, an exchange after every step,
-three times as many steps, four times as many sequences per step) uses the settings found.
+three times as many steps, four times as many sequences per step) uses the settings found, and so
+does the one of what Streaming DiLoCo's message, delay and mixing cost.
 
     python scripts/bench_quality.py --out docs/evidence/quality.jsonl    # resumes where it stopped
     python scripts/bench_quality.py --out docs/evidence/quality.jsonl --replicas 8 --methods co2 sgp
@@ -64,6 +65,8 @@ class Job:
   replicas: int = 4
   sam_rho: float = 0.0
   gossip_steps: int = 1
+  delay: int = 1  # with `alpha`, of streaming_diloco
+  alpha: float = 0.5
 
   @classmethod
   def of(cls, row: dict) -> "Job":
@@ -85,6 +88,9 @@ METHODS = {
   "dfedsam": Job(method="dfedsam", sync_period=20, sam_rho=0.05, gossip_steps=2),
   "sgp": Job(method="sgp"),
 }
+# Of Streaming DiLoCo, what costs how much: without its message, delay, mixing, and all of these.
+PARTS = ({"compressor": "none"}, {"delay": 0}, {"alpha": 0.0},
+         {"compressor": "none", "delay": 0, "alpha": 0.0})  # fmt: skip
 STUDY = ("diloco_5", "diloco", "diloco_50")  # with 4 replicas only, but for H = 20
 
 
@@ -104,6 +110,8 @@ def _method_flags(job: Job):
   flags = {"sync_period": job.sync_period} if job.sync_period else {}
   if job.method == "dfedsam":
     flags |= {"sam_rho": job.sam_rho, "gossip_steps": job.gossip_steps}
+  if job.method == "streaming_diloco":
+    flags |= {"delay": job.delay, "alpha": job.alpha}
   return MethodConfig(
     method="none" if job.method == "one" else job.method,
     compressor=job.compressor,
@@ -293,6 +301,8 @@ def tune_and_run(results: Results, name: str, replicas: int) -> None:
     more += [dataclasses.replace(job, compressor="int4") for job in final]
   if name == "diloco_5":
     more += [dataclasses.replace(job, sync_period=1) for job in final]
+  if name == "streaming_diloco":
+    more += [dataclasses.replace(job, **change) for change in PARTS for job in final]
   if name in ("ddp", "diloco"):
     more += [dataclasses.replace(final[0], **c) for c in ({"steps": 9000}, {"batch_size": 64})]
   results.losses(more)

@@ -2,10 +2,11 @@
 
     python scripts/report_quality.py docs/evidence
 
-Prints Markdown tables of the reported seeds: DiLoCo and data parallelism with 4 replicas, then all
-methods with 4 and with 8. Draws quality.png and quality_methods.png beside quality.jsonl. `loss` is
-the mean over replicas of each one's own (all the same where replicas agree), `of the mean` the loss
-of the mean of their parameters, `to X` the mean over seeds of the relative differences.
+Prints Markdown tables of the reported seeds: DiLoCo and data parallelism with 4 replicas, Streaming
+DiLoCo without its parts, then all methods with 4 and with 8. Draws quality.png and
+quality_methods.png beside quality.jsonl. `loss` is the mean over replicas of each one's own (all
+the same where replicas agree), `of the mean` the loss of the mean of their parameters, `to X` the
+mean over seeds of the relative differences.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def find(groups: Groups, name: str, like: Job) -> Job | None:
   """The run of method `name` with as many replicas, steps and rows as `like`, if there is one."""
 
   def kind(job: Job):
-    return job.method, job.sync_period, job.compressor
+    return job.method, job.sync_period, job.compressor, job.delay, job.alpha
 
   def size(job: Job):
     return job.replicas, job.steps, job.batch_size
@@ -50,6 +51,8 @@ def label(job: Job) -> str:
   parts += [f"H={job.sync_period}"] if job.sync_period else []
   parts += ["4-bit"] if job.compressor != "none" else []
   parts += [f"rho={job.sam_rho}"] if job.sam_rho else []
+  parts += [f"delay {job.delay}"] if job.delay != Job.delay else []
+  parts += [f"alpha {job.alpha}"] if job.alpha != Job.alpha else []
   parts += [f"{job.steps} steps"] if job.steps != Job.steps else []
   parts += [f"batch {job.batch_size}"] if job.batch_size != Job.batch_size else []
   return " ".join(parts)
@@ -135,6 +138,9 @@ def main() -> None:
   print_table(groups, study, ("ddp",))
   panels = [(draw_losses, groups, study, ""), (draw_gaps, groups, study, "")]
   draw(directory / "quality.png", panels)
+  print("\nStreaming DiLoCo without its parts")
+  streaming = [j for j in groups if j.replicas == 4 and j.method == "streaming_diloco"]
+  print_table(groups, streaming, ("diloco",))
   panels = []
   for replicas in (4, 8):
     like = Job(method="ddp", replicas=replicas)
