@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _FLOPS_PER_SECOND = {"H100": 0.4 * 989e12, "H200": 0.4 * 989e12, "A100": 0.4 * 312e12}
 _FLOPS_PER_SECOND |= {"TPU v5 lite": 0.4 * 197e12, "TPU v5": 0.4 * 459e12, "TPU v4": 0.4 * 275e12}
 _CPU_FLOPS_PER_SECOND = 4e10  # a laptop's whole processor
+_SHOWN = ("replica", "data", "fsdp")  # axes that are named at size 1, too
 
 
 def num_params(task: Task) -> int:
@@ -30,7 +31,8 @@ def num_params(task: Task) -> int:
 def describe_run(task: Task) -> str:
   """Title, parameters and mesh."""
   layout = task.train_step.layout
-  mesh = ", ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+  sizes = layout.mesh.shape.items()
+  mesh = ", ".join(f"{name} {size}" for name, size in sizes if size > 1 or name in _SHOWN)
   device = layout.mesh.devices.flat[0].device_kind
   stacked = f", {layout.num_replicas} replicas stacked on the devices" if layout.stacked else ""
   options = overlap_options(layout.mesh.devices.flat[0])
