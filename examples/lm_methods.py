@@ -156,6 +156,8 @@ def build_transform(
   mesh: jax.sharding.Mesh,
   stacked: Any,
   clip: optax.GradientTransformation | None = None,
+  *,
+  averaged: bool = False,
 ) -> optax.GradientTransformation:
   """The optimizer: the method around, before or in place of AdamW.
 
@@ -165,6 +167,7 @@ def build_transform(
     mesh: of the training step.
     stacked: per parameter, how many of its leading dimensions count layers.
     clip: of gradients; default by their norm, to 1.
+    averaged: the gradients are means over `replica` already (`averaging_loss`): ddp takes none.
   """
   steps, clip = config.schedule_length, clip or optax.clip_by_global_norm(1.0)
   warmup = min(50, steps // 2) if config.warmup is None else config.warmup
@@ -182,7 +185,7 @@ def build_transform(
     case "none":
       return inner
     case "ddp":
-      return inner if config.overlap else optax.chain(build_mean(config, specs), inner)
+      return inner if averaged else optax.chain(build_mean(config, specs), inner)
     case "local_sgd":
       mean = build_mean(config, specs)
       return jaxcomm.local_sgd(inner, sync_period=config.sync_period, mean=mean)

@@ -107,6 +107,8 @@ class Config(PartitionConfig):
         f"`batch_size` must be divisible by replicas * data_parallel * fsdp{per_stage} ="
         f" {self.row_parts}, got {self.batch_size}."
       )
+    if self.overlap and self.method == "ddp" and self.remat != "none":
+      raise ValueError(f"`remat` must be 'none' with `overlap` of ddp, got {self.remat!r}.")
     if self.sequence_parallel and self.tensor == 1:
       raise ValueError("`sequence_parallel` has no effect without `tensor`, got tensor 1.")
     if self.seq_shards > 1:
@@ -229,7 +231,7 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
   return make_train_step(
     averaging_loss(config, loss, model) if within else training_loss(config, loss),
     init,
-    build_transform(config, specs, mesh, stacked),
+    build_transform(config, specs, mesh, stacked, averaged=within),
     mesh,
     param_specs=specs,
     num_replicas=config.replicas,

@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from lm_gossip import num_gradients, training_loss
 from lm_methods import MethodConfig, build_transform
@@ -86,12 +85,11 @@ class Config(MethodConfig):
         "`batch_size` must be divisible by replicas * data_parallel * fsdp ="
         f" {self.row_shards}, got {self.batch_size}."
       )
-    self.order  # noqa: B018  refuses lengths that the layout cannot cut
-
-  @property
-  def order(self) -> np.ndarray:
-    """int[S]: which token stands where in a row that is cut over the devices."""
-    return context_permutation(self.seq_len, self.seq_shards, self.layout)[0]
+    if self.stages > 1:
+      raise ValueError(f"`stages` must be 1: layers are not cut here, got {self.stages}.")
+    if self.overlap and self.method == "ddp":
+      raise ValueError("`overlap` of method 'ddp' is of train_lm.py.")
+    context_permutation(self.seq_len, self.seq_shards, self.layout)  # refuses other lengths
 
 
 def build_model(config: Config) -> llama.LlamaConfig:
@@ -103,7 +101,7 @@ def build_model(config: Config) -> llama.LlamaConfig:
 
 def build_data(config: Config, corpus: data.TextCorpus, recall: Recall, train_step: TrainStep):
   """This process's training rows, and the evaluation batches, in the order of the layout."""
-  order = config.order
+  order, _ = context_permutation(config.seq_len, config.seq_shards, config.layout)
 
   def hide(row, rng):
     return {name: x[order] for name, x in recall.hide(row, rng).items()}
