@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from lm_data import evaluation_rows
 from lm_gossip import num_gradients, training_loss
 from lm_means import averaging_loss
 from lm_methods import ROUNDS, build_transform
@@ -154,13 +155,7 @@ def build_data(config: Config, corpora: list[data.TextCorpus], train_step: Train
     train, weights=weights, batch_size=config.batch_size, seed=config.seed, **rows
   )
   validation = data.mix(validation, weights)
-  shards = config.row_parts
-  size = min(config.batch_size, len(validation) // shards * shards)  # a short text has few
-  if not size:
-    raise ValueError(
-      f"`data` must have {shards} sequences of {config.seq_len} tokens for validation, one for each"
-      f" replica, shard and microbatch, got {len(validation)}: give more data or shorter sequences."
-    )
+  size = evaluation_rows(len(validation), config.batch_size, config.row_parts, config.seq_len)
   count = min(8, len(validation) // size) if config.eval_batches is None else config.eval_batches
   evaluation = data.eval_batches(validation, size, count, **train_step.local_rows(size))
   return batches, evaluation

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from lm_data import evaluation_rows
 from lm_gossip import num_gradients, training_loss
 from lm_methods import MethodConfig, build_transform
 from recall_task import NUM_IDS, Recall, by_distance, plot
@@ -112,13 +113,7 @@ def build_data(config: Config, corpus: data.TextCorpus, recall: Recall, train_st
   )
   rows: dict[str, Any] = train_step.local_rows(config.batch_size)
   batches = data.batches(train, batch_size=config.batch_size, seed=config.seed, **rows)
-  shards = config.row_shards
-  size = min(config.batch_size, len(validation) // shards * shards)  # a short text has few
-  if not size:
-    raise ValueError(
-      f"`data` must have {shards} sequences of {config.seq_len} tokens for validation, one for each"
-      f" replica and shard, got {len(validation)}: give more data or shorter sequences."
-    )
+  size = evaluation_rows(len(validation), config.batch_size, config.row_shards, config.seq_len)
   count = min(config.eval_batches, len(validation) // size)
   return batches, data.eval_batches(validation, size, count, **train_step.local_rows(size))
 

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models import _attention, _llama_layers, llama, rope
-from parallel.sharding import call_with_auto_axes
+from models import _attention, _decoding, _llama_layers, llama
 
 
 class KVCache(NamedTuple):
@@ -85,49 +84,22 @@ def decode(
     >>> bool(jnp.allclose(logits[0, 0], llama.apply(params, tokens, cfg)[0][0, 5], atol=1e-5))
     True
   """
-  _check(tokens_BS, cache, cfg, num_tokens_B)
-  if num_tokens_B is None:
-    num_tokens_B = jnp.full(tokens_BS.shape[:1], tokens_BS.shape[1], jnp.int32)
-  forward = functools.partial(_forward, cfg=cfg)
-  return call_with_auto_axes(forward, params, tokens_BS, cache, num_tokens_B, out_spec=jax.P())
+  return _decoding.decode(
+    functools.partial(_run_layers, cfg=cfg), params, tokens_BS, cache, cfg, num_tokens_B
+  )
 
 
-def _forward(params, tokens_BS, cache: KVCache, num_tokens_B, cfg: llama.LlamaConfig):
-  room = cache.keys.shape[2]
-  position_BS = cache.length[:, None] + jnp.arange(tokens_BS.shape[1])[None]
-  inv_A = rope.frequencies(cfg.head_size, cfg.rope_theta, cfg.rope_scaling)
-  cos_sin = rope.angles(position_BS, inv_A)
-  mask = jnp.arange(room)[None, None] <= position_BS[:, :, None]
-
+def _run_layers(layers, x_BSD, cache, position_BS, cos_sin, mask, cfg: llama.LlamaConfig):
   def body(x_BSD, layer_and_cache):
     layer, k_BTKC, v_BTKC = layer_and_cache
     layer = jax.tree.map(lambda p: p.astype(cfg.dtype), layer)
     normed = _llama_layers.rms_norm(x_BSD, layer["attn_norm_D"], cfg)
     q_BSHC, k_BSKC, v_BSKC = _llama_layers.heads(normed, layer, cos_sin, cfg)
-    k_BTKC, v_BTKC = _write(k_BTKC, k_BSKC, position_BS), _write(v_BTKC, v_BSKC, position_BS)
-    y_BSHC = _attention.attention(q_BSHC, k_BTKC, v_BTKC, mask[:, None, None])
+    k_BTKC = _decoding.write(k_BTKC, k_BSKC, position_BS)
+    v_BTKC = _decoding.write(v_BTKC, v_BSKC, position_BS)
+    y_BSHC = _attention.attention(q_BSHC, k_BTKC, v_BTKC, mask)
     x_BSD = x_BSD + _llama_layers.merge_heads(y_BSHC, layer, cfg)
     normed = _llama_layers.rms_norm(x_BSD, layer["mlp_norm_D"], cfg)
     return x_BSD + _llama_layers.feed_forward(normed, layer, cfg), (k_BTKC, v_BTKC)
 
-  x_BSD = _llama_layers.embed(params, tokens_BS, cfg)
-  x_BSD, (k, v) = jax.lax.scan(body, x_BSD, (params["layers"], cache.keys, cache.values))
-  logits_BSV = _llama_layers.logits(params, x_BSD, cfg)
-  logits_BSV = jnp.where((position_BS < room)[:, :, None], logits_BSV, jnp.nan)
-  return logits_BSV, KVCache(k, v, cache.length + num_tokens_B)
-
-
-def _write(cache_BTKC, new_BSKC, position_BS):
-  """Tokens without room are dropped: their logits are NaN, so nobody takes them for a result."""
-  row_B1 = jnp.arange(position_BS.shape[0])[:, None]
-  return cache_BTKC.at[row_B1, position_BS].set(new_BSKC, mode="drop")
-
-
-def _check(tokens, cache: KVCache, cfg, num_tokens) -> None:
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(f"`tokens` must be integers [B, S], got {tokens.dtype}{list(tokens.shape)}.")
-  want = (cfg.num_layers, len(tokens), cache.keys.shape[2], cfg.num_kv_heads, cfg.head_size)
-  if cache.keys.shape != want:
-    raise ValueError(f"`cache` must have keys of shape {want}, got {cache.keys.shape}.")
-  if num_tokens is not None and num_tokens.shape != tokens.shape[:1]:
-    raise ValueError(f"`num_tokens` must have shape {tokens.shape[:1]}, got {num_tokens.shape}.")
+  return jax.lax.scan(body, x_BSD, (layers, cache.keys, cache.values))

@@ -1,7 +1,6 @@
 """`examples/train_lm.py` run in this process, on a model and a text that take seconds."""
 
 import dataclasses
-import random
 import shutil
 
 import pytest
@@ -10,6 +9,7 @@ from jaxcomm.training import launch
 from models import llama
 from tests.examples import small_lm
 from tests.examples.load_script import load_script
+from tests.examples.write_text import write_text
 
 # Flags that the training step does not depend on.
 FREE = (
@@ -52,15 +52,8 @@ def with_llama(script):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
   """A text file, and the cache of its tokens."""
-  path = tmp_path_factory.mktemp("data")
-  rng = random.Random(0)
-  words = "alpha beta gamma delta mean replica token wire round step outer inner loss".split()
-  lines = (" ".join(rng.choices(words, k=8)) + ".\n\n" for _ in range(1000))
-  (path / "text.txt").write_text("".join(lines))
-  patch = pytest.MonkeyPatch()
-  patch.setenv("JAXCOMM_CACHE", str(path / "cache"))
-  yield path / "text.txt"
-  patch.undo()
+  with write_text(tmp_path_factory.mktemp("data"), lines=1000) as path:
+    yield path
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import random
 
 import numpy as np
 import pytest
 
 from jaxcomm.training import launch, read_metrics
 from tests.examples.load_script import load_script
+from tests.examples.write_text import write_text
 
 SEQ_LEN = 128
 CUT = ["--replicas", "2", "--seq-shards", "2"]
@@ -66,14 +66,8 @@ def test_losses_by_distance_are_means_over_their_questions(recall):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
   """Long enough for sequences to validate on."""
-  path, rng = tmp_path_factory.mktemp("long"), random.Random(0)
-  words = "alpha beta gamma delta mean replica token wire round step outer inner loss".split()
-  lines = (" ".join(rng.choices(words, k=8)) + ".\n\n" for _ in range(6000))
-  (path / "text.txt").write_text("".join(lines))
-  patch = pytest.MonkeyPatch()
-  patch.setenv("JAXCOMM_CACHE", str(path / "cache"))
-  yield path / "text.txt"
-  patch.undo()
+  with write_text(tmp_path_factory.mktemp("long"), lines=6000) as path:
+    yield path
 
 
 @pytest.fixture(scope="module")

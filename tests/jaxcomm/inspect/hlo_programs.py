@@ -3,6 +3,8 @@
 import gzip
 import pathlib
 
+from hypothesis import strategies as st
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 GLOBAL = "channel_id=1, use_global_device_ids=true, to_apply=%add"
 SQUARE = "f32[256,256]{1,0}"
@@ -37,3 +39,15 @@ def dot(name, left, right):
 
 def root(*operands):
   return f"ROOT %r = {SQUARE} add({', '.join('%' + operand for operand in operands)})"
+
+
+@st.composite
+def mangled(draw, sources):
+  """One of the texts after one to four edits."""
+  text = draw(st.sampled_from(sources))
+  for _ in range(draw(st.integers(1, 4))):
+    at = draw(st.integers(0, len(text) - 1))
+    end = at + draw(st.sampled_from([0, 1, 3, 40, 400]))
+    put = draw(st.sampled_from(["", "{", "}", "(", ")", ",", '"', "%", "7", "\n"]))
+    text = text[:at] + put + text[end:]
+  return text
