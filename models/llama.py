@@ -186,8 +186,8 @@ def apply(
 
   Raises:
     ValueError: an argument has the wrong shape or dtype, the sequence exceeds `cfg.max_seq_len`,
-      `cfg.remat` is not "none" with a `partition`, `cfg.attention` is "cudnn" with a `context`, or
-      `params` are parts whose types are not known.
+      `cfg.remat` is not "none" with a `partition`, `cfg.attention` names a kernel that cannot be
+      had, as never with a `context`, or `params` are parts whose types are not known.
 
   Example:
     >>> cfg = nano()
@@ -198,8 +198,10 @@ def apply(
   _check_inputs(tokens_BS, cfg, positions, segment_ids, context)
   if partition is not None and cfg.remat != "none":
     raise ValueError(f"`cfg.remat` must be 'none' with a `partition`, got {cfg.remat!r}.")
-  if context is not None and cfg.attention == "cudnn":
-    raise ValueError("`cfg.attention` must be 'auto' or 'xla' with a `context`, got 'cudnn'.")
+  if context is not None and cfg.attention not in ("auto", "xla"):
+    raise ValueError(
+      f"`cfg.attention` must be 'auto' or 'xla' with a `context`, got {cfg.attention!r}."
+    )
   if partition is None:
     _check_parts(params, cfg)
   forward = functools.partial(

@@ -1,0 +1,170 @@
+"""Splash attention: in interpret mode like the reference, through sharding, compiled for a TPU."""
+
+import dataclasses
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcomm import _axes
+from jaxcomm.inspect import target
+from models import _attention, _splash_attention, llama
+from models._splash_attention import splash_attention
+from parallel import make_mesh, mesh_specs
+
+P = jax.P
+
+
+def inputs(batch, seq_len, heads, kv_heads, width):
+  rng = np.random.default_rng(0)
+  shapes = [(batch, seq_len, n, width) for n in (heads, kv_heads, kv_heads)]
+  return [rng.normal(size=s).astype(np.float32) for s in shapes]
+
+
+def segments(batch, seq_len):
+  """Two documents of unequal length, and padding."""
+  third = seq_len // 3
+  ids = np.repeat(np.array([1, 2, 0], np.int32), [third - 5, third, seq_len - 2 * third + 5])
+  return np.tile(ids, (batch, 1))
+
+
+def reference(q, k, v, ids=None):
+  return _attention.attention(q, k, v, _attention.causal_mask(q.shape[1], ids))
+
+
+def value_and_grads(fn, arrays, ids):
+  def loss(q, k, v):
+    y = fn(q, k, v, ids)
+    return (jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape) * y).sum(), y
+
+  return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_like_the_reference(packed):
+  """Values and gradients over three blocks, two query heads on a key/value head."""
+  arrays = inputs(1, 384, 2, 1, 128)
+  ids = segments(1, 384) if packed else None
+
+  def splash(*args):
+    return splash_attention(*args, interpret=True)
+
+  got, want = (
+    jax.jit(lambda a, f=f: value_and_grads(f, a, ids))(arrays) for f in (splash, reference)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, want)
+
+
+def test_the_way_to_the_kernel_changes_no_gradient(monkeypatch):
+  """Where types are not checked, too; the reference stands in for the kernel."""
+  seen = []
+
+  def kernel(q, k, v, ids, *, interpret):
+    assert not interpret
+    seen.append((q.shape[0], q.shape[2], k.shape[2], ids.shape))
+    return reference(q, k, v, ids)
+
+  monkeypatch.setattr(_splash_attention, "_kernel", kernel)
+  mesh = make_mesh(replica=2, data=2, tensor=2)
+  arrays, ids = inputs(4, 16, 4, 2, 8), segments(4, 16)
+
+  def grads(fn):
+    manual = jax.shard_map(
+      lambda a, ids: value_and_grads(fn, a, ids), mesh=mesh, in_specs=P("replica"),
+      out_specs=P("replica"), axis_names={"replica"},
+    )  # fmt: skip
+    rows = jax.NamedSharding(mesh, P(("replica", "data")))
+    return jax.jit(manual, in_shardings=rows)(arrays, ids)
+
+  got, want = grads(splash_attention), grads(reference)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+  assert set(seen) == {(1, 2, 1, (1, 16))}  # a device's own
+
+
+# The choice.
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+  """Makes the process believe in a TPU."""
+  monkeypatch.setattr(_attention, "_is_tpu", lambda: True)
+  _attention._warn_once.cache_clear()
+
+
+def choose(wanted="auto", dtype="bfloat16", width=128, seq_len=256, packed=True):
+  return _attention.choose(wanted, dtype, width, seq_len=seq_len, packed=packed)
+
+
+def test_splash_where_it_applies(tpu):
+  assert choose() == choose("splash", "float32", 256, packed=False) == "splash"
+  assert choose("xla") == "xla"
+
+
+@pytest.mark.parametrize(
+  ("changes", "reason"),
+  [
+    ({"width": 64}, "its head width must be divisible by 128, got 64"),
+    ({"seq_len": 200}, "its sequences must have a multiple of 128 tokens, got 200"),
+  ],
+)
+def test_falls_back_with_one_warning(tpu, caplog, changes, reason):
+  for _ in range(3):
+    assert choose(**changes) == "xla"
+  assert [r.levelno for r in caplog.records] == [logging.WARNING]
+  assert f"attention without splash, which is slower: {reason}" in caplog.text
+  with pytest.raises(ValueError, match=f"`attention` cannot be 'splash': {reason}"):
+    choose("splash", **changes)
+
+
+def test_not_where_all_axes_are_manual(tpu):
+  region = jax.shard_map(
+    lambda x: (seen.append(choose()), x)[1], mesh=make_mesh(tensor=2), in_specs=P(), out_specs=P()
+  )
+  seen = []
+  jax.eval_shape(region, jnp.zeros(2))
+  assert seen == ["xla"]
+
+
+def test_not_without_a_tpu():
+  with pytest.raises(ValueError, match="`attention` cannot be 'splash': there is no TPU"):
+    choose("splash")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_for_a_tpu(tpu, packed):
+  """A training step's gradient, manual over `replica`: three kernels, and the forward one again."""
+  try:
+    devices = list(target("tpu:v5e:2x4").devices)
+  except ImportError as e:
+    pytest.skip(str(e))
+  cfg = dataclasses.replace(
+    llama.nano(), hidden_size=512, head_dim=128, dtype="bfloat16", scan_layers=True, remat="full"
+  )
+  mesh = make_mesh(replica=2, data=2, tensor=2, devices=devices)
+  shapes = jax.eval_shape(lambda: llama.init(jax.random.key(0), cfg))
+  specs = mesh_specs(llama.specs(cfg), shapes, mesh)
+
+  def of_replica(params, batch):
+    grads = jax.grad(lambda p: llama.loss(p, batch, cfg)[0])(_axes.vary(params, "replica"))
+    return jax.tree.map(lambda x: x[None], grads)
+
+  program = jax.shard_map(
+    of_replica, mesh=mesh, in_specs=(P(), P("replica")), out_specs=P("replica"),
+    axis_names={"replica"},
+  )  # fmt: skip
+  names = ("tokens", "targets", *(("segment_ids", "positions") if packed else ()))
+  rows = jax.NamedSharding(mesh, P(("replica", "data")))
+  batch = {n: jax.ShapeDtypeStruct((8, 384), jnp.int32, sharding=rows) for n in names}
+  params = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, s)),
+    shapes, specs,
+  )  # fmt: skip
+  text = jax.jit(program).lower(params, batch).compile().as_text()
+  kernels = set(re.findall(r"splash_m\w+_(fwd|dq|dkv)", text))
+  assert kernels == {"fwd", "dq", "dkv"}
+  assert not re.search(r"(f32|bf16|pred)\[[\d,]*384,384\]", text)  # scores, or a mask
