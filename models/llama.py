@@ -163,7 +163,8 @@ def apply(
 
   Args:
     params: from `init`. In a region that is manual over the mesh axis `tensor`, which checks types,
-      this device's parts, of equal size along heads, feed-forward and vocabulary.
+      this device's parts, of equal size along heads, feed-forward and vocabulary; but all
+      key/value heads where they are fewer than the devices.
     tokens_BS: int ids in [0, V); host code checks the range, a gather would clamp.
     cfg: the config of `params`.
     positions: int32[B, S] for RoPE, default places in the sequence (0..S-1 without `context`). With
@@ -182,6 +183,7 @@ def apply(
 
   Wire, over `tensor` of size T: two all-reduces of [B, S, D] in `cfg.dtype` per layer forward, two
   backward, each `2 (T - 1) / T` of its bytes per device; one more each way outside of the layers.
+  With fewer key/value heads than T, one more backward of the gradients of their weights.
   With `cfg.sequence_parallel` a reduce-scatter and an all-gather in place of each, the same bytes.
 
   Raises:
