@@ -76,7 +76,7 @@ def test_flags_without_sense(fails, tiny_flags):
     (["--microbatches", "2"], "`microbatches` has no effect without `stages`, got 2"),
     (["--stages", "2", "--microbatches", "0"], "`microbatches` must be at least 1, got 0"),
     (["--stages", "2", "--microbatches", "3"], "fsdp * microbatches = "),
-    (["--tensor", "3", "--replicas", "1"], "dimension 0 ('vocab') has size 300, which must be"),
+    (["--tensor", "3", "--replicas", "1"], "dimension 2 ('kv_heads') has size 2, which must be"),
     (["--route"], "`route` needs several `stages` and `replicas`, got 1 and 2"),
     (["--route", "--stages", "2", "--replicas", "1"], "and `replicas`, got 2 and 1"),
   ):  # fmt: skip
