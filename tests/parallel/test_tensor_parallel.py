@@ -80,9 +80,8 @@ CASES = {
   "auto, few heads": (4, FEW, AxisType.Auto, False),
   "explicit, few heads, 8": (8, FEW, AxisType.Explicit, False),
   "manual, few heads": (4, FEW, AxisType.Auto, True),
-  "manual, one head, 8": (8, dataclasses.replace(TIED, num_kv_heads=1), AxisType.Auto, True),
 }
-FAST = ("auto", "manual, few heads")
+FAST = ("auto",)
 
 
 def numbers_of_shared_heads(cfg, size, manual):
