@@ -87,7 +87,7 @@ def make_partitioned_step(
 
   Args:
     config: flags.
-    loss: `(shards, batch, partition) -> (loss, aux)`.
+    loss: `(shards, batch, partition=...) -> (loss, aux)`.
     init: `key -> params`.
     build_transform: `(specs, mesh, clip) -> transform`.
     devices: one for each replica's shard; neighbours share the fastest link.
@@ -110,7 +110,7 @@ def make_partitioned_step(
   wrap = functools.partial(partitioned, plan=plan, policy=policy)
 
   def loss_on_shards(shards, batch):
-    return loss(shards, batch, wrap)
+    return loss(shards, batch, partition=wrap)
 
   return make_zero_step(
     loss_on_shards, init, tx, mesh, plan, dtype=dtype, stacked=stacked, seed=config.seed

@@ -29,6 +29,7 @@ from parallel import (
   DEFAULT_RULES,
   ContextParallel,
   PipelineParallel,
+  RandomRoute,
   context_permutation,
   make_mesh,
   mesh_specs,
@@ -40,7 +41,7 @@ class Config(PartitionConfig):
   """Flags of `train_lm.py`."""
 
   free_on_resume: ClassVar[frozenset[str]] = PartitionConfig.free_on_resume | {
-    "context", "layout", "microbatches", "schedule", "sequence_parallel"
+    "context", "layout", "microbatches", "route", "schedule", "sequence_parallel"
   }  # fmt: skip
 
   model: Literal["llama"] = "llama"
@@ -62,8 +63,9 @@ class Config(PartitionConfig):
   """key or column of the text in .jsonl, .parquet and hf: data"""
   tokenizer: str | None = None
   """a Hugging Face tokenizer.json; default: one trained on the data"""
-  attention: Literal["auto", "xla", "cudnn"] = "auto"
-  """kernel; auto: cuDNN on NVIDIA GPUs in bfloat16 and with --no-separate-documents, else XLA"""
+  attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+  """kernel; auto: cuDNN on NVIDIA GPUs in bfloat16 and with --no-separate-documents, splash on TPUs
+  with heads and rows of a multiple of 128, else XLA"""
   separate_documents: bool = True
   """tokens see only their own document; off: all earlier tokens of their row"""
   remat: Literal["none", "full", "dots"] = "none"
@@ -75,6 +77,8 @@ class Config(PartitionConfig):
   """with --stages: parts of a device's rows that follow each other; default twice the stages"""
   schedule: Literal["gpipe", "1f1b"] | None = None
   """with --stages: order of the passes; default 1f1b: its memory does not grow with microbatches"""
+  route: bool = False
+  """with --stages: in training each microbatch goes on in a random replica's next stage"""
   context: Literal["ring", "ulysses", "all_gather"] = "ring"
   """with --seq-shards: how attention crosses those devices"""
   layout: Literal["zigzag", "striped", "contiguous"] = "zigzag"
@@ -102,6 +106,10 @@ class Config(PartitionConfig):
         raise ValueError(f"`{name}` has no effect without `stages`, got {getattr(self, name)}.")
     if self.microbatches is not None and self.microbatches < 1:
       raise ValueError(f"`microbatches` must be at least 1, got {self.microbatches}.")
+    if self.route and (self.stages == 1 or self.replicas == 1):
+      raise ValueError(
+        f"`route` needs several `stages` and `replicas`, got {self.stages} and {self.replicas}."
+      )
     if self.batch_size % self.row_parts:
       per_stage = " * microbatches" if self.stages > 1 else ""
       raise ValueError(
@@ -169,8 +177,11 @@ def _cut(dataset: Any, config: Config) -> Any:
   return dataset.map(lambda row: {name: x[order] for name, x in row.items()})
 
 
-def build_loss(config: Config, model: llama.LlamaConfig):
-  """Loss of a batch, of which segments and positions tell the documents apart."""
+def build_loss(config: Config, model: llama.LlamaConfig, route: RandomRoute | None = None):
+  """Loss of a batch, of which segments and positions tell the documents apart.
+
+  A `route` draws by the step, for training; evaluation goes straight.
+  """
   dropped = () if config.separate_documents else ("segment_ids", "positions")
   context = None
   if config.seq_shards > 1:
@@ -178,14 +189,14 @@ def build_loss(config: Config, model: llama.LlamaConfig):
   pipeline = None
   if config.stages > 1:
     pipeline = PipelineParallel(
-      num_microbatches=config.num_microbatches, schedule=config.schedule or "1f1b"
+      num_microbatches=config.num_microbatches, schedule=config.schedule or "1f1b", route=route
     )
 
-  def loss(params, batch, partition=None):
+  def loss(params, batch, step=0, *, partition=None):
     kept = {k: v for k, v in batch.items() if k not in dropped}
     if pipeline is None:
       return llama.loss(params, kept, model, partition=partition, context=context)
-    return llama_pipeline.loss(params, kept, model, pipeline=pipeline, context=context)
+    return llama_pipeline.loss(params, kept, model, pipeline=pipeline, context=context, step=step)
 
   return loss
 
@@ -210,6 +221,7 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
       stacked=jax.tree.map(bool, stacked),
       policy=dots if config.remat == "dots" else None,
     )
+  one_process = len({device.process_index for device in devices}) == 1
   mesh = make_mesh(
     replica=len(devices) // config.devices_per_replica,
     data=config.data_parallel,
@@ -218,13 +230,17 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
     seq=config.seq_shards,
     tensor=config.tensor,
     devices=devices,
+    # Of several processes each needs neighbouring rows.
+    by_topology=one_process and config.tensor * config.seq_shards > 1,
   )
   rules = {**DEFAULT_RULES, "layers": "stage"}
   specs = mesh_specs(axes, jax.eval_shape(init, jax.random.key(0)), mesh, rules)
-  loss = build_loss(config, model)
+  loss = routed = build_loss(config, model)
+  if config.route:
+    routed = build_loss(config, model, RandomRoute(seed=config.seed))
   within = config.overlap and config.method == "ddp"
   return make_train_step(
-    averaging_loss(config, loss, model) if within else training_loss(config, loss),
+    averaging_loss(config, loss, model) if within else training_loss(config, routed),
     init,
     build_transform(config, specs, mesh, stacked, averaged=within),
     mesh,
@@ -232,6 +248,7 @@ def build_step(config: Config, model: llama.LlamaConfig, devices: list[Any]) -> 
     num_replicas=config.replicas,
     eval_loss_fn=loss,
     mean_in_loss=within,
+    step_in_loss=config.route,
   )
 
 

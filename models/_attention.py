@@ -1,4 +1,4 @@
-"""Causal grouped-query attention: cuDNN's kernel where it applies, else plain XLA, the reference.
+"""Causal grouped-query attention: a kernel where it applies, else plain XLA, the reference.
 
 B batch, S query positions, T key positions, H query heads, K key/value heads, R = H / K,
 C head width.
@@ -6,19 +6,25 @@ C head width.
 
 import functools
 import logging
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from parallel.sharding import on_batch_and_head_shards
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "splash"]
 _LOG = logging.getLogger(__name__)
 
 
 def choose(
-  wanted: Literal["auto", "xla", "cudnn"], dtype: str, width: int, *, packed: bool
+  wanted: Literal["auto", "xla", "cudnn", "splash"],
+  dtype: str,
+  width: int,
+  *,
+  seq_len: int,
+  packed: bool,
 ) -> Implementation:
   """Which kernel to use on the devices of this process, decided before anything is compiled.
 
@@ -26,26 +32,46 @@ def choose(
   128 (256 from Hopper on), and no segments: as an additive mask they would cost [B, S, T] elements
   per layer and replica, and `jax.nn.dot_product_attention` takes them in no other form.
 
+  Splash takes head widths and sequences that 128 divides on TPUs, and segments.
+
   Args:
-    wanted: "auto" falls back to XLA, with a warning once if a GPU is there.
+    wanted: "auto" falls back to XLA, with a warning once if a GPU or TPU is there.
     dtype: of queries, keys and values.
     width: C.
+    seq_len: S, which equals T.
     packed: whether tokens have segment ids.
 
   Raises:
-    ValueError: "cudnn" is wanted and cannot be had.
+    ValueError: a kernel is wanted and cannot be had.
   """
   if wanted == "xla":
     return "xla"
-  capability = _cuda_capability()
-  reason = _why_not_cudnn(capability, dtype, width, packed)
+  tpu, capability = _is_tpu(), _cuda_capability()
+  kernel = wanted if wanted != "auto" else "splash" if tpu else "cudnn"
+  if kernel == "splash":
+    reason = _why_not_splash(tpu, width, seq_len)
+  else:
+    reason = _why_not_cudnn(capability, dtype, width, packed)
   if reason is None:
-    return "cudnn"
-  if wanted == "cudnn":
-    raise ValueError(f"`attention` cannot be 'cudnn': {reason}.")
-  if capability is not None:
-    _warn_once(reason)
+    return kernel
+  if wanted != "auto":
+    raise ValueError(f"`attention` cannot be {wanted!r}: {reason}.")
+  if tpu or capability is not None:
+    _warn_once("splash" if tpu else "cuDNN", reason)
   return "xla"
+
+
+def _why_not_splash(tpu: bool, width: int, seq_len: int) -> str | None:
+  if not tpu:
+    return "there is no TPU"
+  if width % 128:
+    return f"its head width must be divisible by 128, got {width}"
+  if seq_len % 128:
+    return f"its sequences must have a multiple of 128 tokens, got {seq_len}"
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.manual_axes and not (mesh.auto_axes or mesh.explicit_axes):
+    return f"its types are not known where all axes are manual, {mesh.manual_axes}"
+  return None
 
 
 def _why_not_cudnn(
@@ -75,8 +101,13 @@ def _cuda_capability() -> tuple[int, ...] | None:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-  _LOG.warning("attention without cuDNN, which is slower: %s", reason)
+def _is_tpu() -> bool:
+  return jax.local_devices()[0].platform == "tpu"
+
+
+@functools.cache
+def _warn_once(kernel: str, reason: str) -> None:
+  _LOG.warning("attention without %s, which is slower: %s", kernel, reason)
 
 
 def causal_mask(seq_len: int, segment_ids_BS: jax.Array | None = None) -> jax.Array:
@@ -92,7 +123,7 @@ def cudnn_attention(q_BSHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) -> 
   mesh = jax.typeof(q_BSHC).sharding.mesh
   if mesh.size <= 1 or not mesh.auto_axes:
     return _kernel(q_BSHC, k_BTKC, v_BTKC)
-  return _sharded_kernel(q_BSHC, k_BTKC, v_BTKC)
+  return sharded_kernel(_kernel, True, (q_BSHC, k_BTKC, v_BTKC))
 
 
 def _kernel(q_BSHC, k_BTKC, v_BTKC):
@@ -101,30 +132,37 @@ def _kernel(q_BSHC, k_BTKC, v_BTKC):
   )
 
 
-@jax.custom_vjp
-def _sharded_kernel(q_BSHC, k_BTKC, v_BTKC):
-  """The kernel on each device's rows and heads.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sharded_kernel(kernel: Callable[..., Any], checked: bool, inputs: tuple[jax.Array, ...]) -> Any:
+  """`kernel(*inputs)` on each device's rows and heads.
 
-  JAX 0.10 can neither partition the kernel in a region that is manual over some axes, nor
+  JAX 0.10 can neither partition a kernel in a region that is manual over some axes, nor
   differentiate a region within it that is manual over the others. So both passes are such regions,
   at the price of the forward kernel once more in the backward pass.
+
+  Args:
+    kernel: of queries, keys, values, and what has no derivative, [B, S].
+    checked: whether it runs where types are checked.
+    inputs: its arguments.
   """
-  return on_batch_and_head_shards(_kernel, q_BSHC, k_BTKC, v_BTKC)
+  return on_batch_and_head_shards(kernel, *inputs, checked=checked)
 
 
-def _sharded_forward(q_BSHC, k_BTKC, v_BTKC):
-  return _sharded_kernel(q_BSHC, k_BTKC, v_BTKC), (q_BSHC, k_BTKC, v_BTKC)
+def _sharded_forward(kernel, checked, inputs):
+  return sharded_kernel(kernel, checked, inputs), inputs
 
 
-def _sharded_backward(inputs, grad_BSHC):
-  def local(*inputs_and_grad):
-    *inputs, grad_BSHC = inputs_and_grad
-    return jax.vjp(_kernel, *inputs)[1](grad_BSHC)
+def _sharded_backward(kernel, checked, inputs, grad_BSHC):
+  def local(q_BSHC, k_BTKC, v_BTKC, *others_and_grad):
+    *others, grad_BSHC = others_and_grad
+    pull = jax.vjp(lambda *qkv: kernel(*qkv, *others), q_BSHC, k_BTKC, v_BTKC)[1]
+    return pull(grad_BSHC)
 
-  return on_batch_and_head_shards(local, *inputs, grad_BSHC)
+  grads = on_batch_and_head_shards(local, *inputs, grad_BSHC, checked=checked)
+  return ((*grads, *(None for _ in inputs[3:])),)
 
 
-_sharded_kernel.defvjp(_sharded_forward, _sharded_backward)
+sharded_kernel.defvjp(_sharded_forward, _sharded_backward)
 
 
 def attention(q_BSHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask: jax.Array):

@@ -31,7 +31,7 @@ class LlamaConfig:
   max_seq_len: int = 8192  # longest sequence `apply` takes, tokens
   dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of matrix products and activations
   param_dtype: Literal["bfloat16", "float32"] = "float32"
-  attention: Literal["auto", "xla", "cudnn"] = "auto"  # auto: cuDNN where it applies
+  attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # auto: a kernel where it applies
   remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
   # With a mesh axis `tensor`: tokens are cut over it between blocks (arXiv 2205.05198).
   sequence_parallel: bool = False
@@ -65,7 +65,7 @@ class LlamaConfig:
 
 
 _OPTIONS = {
-  "attention": ("auto", "xla", "cudnn"),
+  "attention": ("auto", "xla", "cudnn", "splash"),
   "dtype": ("bfloat16", "float32"),
   "param_dtype": ("bfloat16", "float32"),
   "remat": ("none", "full", "dots"),

@@ -19,6 +19,7 @@ from parallel.tensor_parallel import (
   cut_by_compiler,
   from_rows,
   lookup,
+  own_heads,
   to_columns,
   vary_beyond_tensor,
 )
@@ -68,8 +69,13 @@ def kernel(seq_len, segment_ids, cfg: LlamaConfig, context: ContextParallel | No
   if context is not None:
     return context.attention, segment_ids
   packed = segment_ids is not None
-  if _attention.choose(cfg.attention, cfg.dtype, cfg.head_size, packed=packed) == "cudnn":
-    return lambda q, k, v, _: _attention.cudnn_attention(q, k, v), None
+  match _attention.choose(cfg.attention, cfg.dtype, cfg.head_size, seq_len=seq_len, packed=packed):
+    case "cudnn":
+      return lambda q, k, v, _: _attention.cudnn_attention(q, k, v), None
+    case "splash":
+      from models._splash_attention import splash_attention  # takes a second to import
+
+      return splash_attention, segment_ids
   return _attention.attention, _attention.causal_mask(seq_len, segment_ids)
 
 
@@ -79,12 +85,20 @@ def embed(params, tokens_BS, cfg: LlamaConfig):
 
 
 def layer(weights, x_BSD, cos_sin, visible, cfg: LlamaConfig, attend: Attend):
-  weights = jax.tree.map(lambda p: p.astype(cfg.dtype), weights)
+  weights = with_own_heads(jax.tree.map(lambda p: p.astype(cfg.dtype), weights), x_BSD)
   q_BSHC, k_BSKC, v_BSKC = heads(
     rms_norm(x_BSD, weights["attn_norm_D"], cfg), weights, cos_sin, cfg
   )
   x_BSD = x_BSD + merge_heads(attend(q_BSHC, k_BSKC, v_BSKC, visible), weights, cfg)
   return x_BSD + feed_forward(rms_norm(x_BSD, weights["mlp_norm_D"], cfg), weights, cfg)
+
+
+def with_own_heads(weights, x_BSD):
+  """`weights`, key/value heads repeated where `tensor` has more devices than there are."""
+  names = ("k_DKC", "v_DKC", "k_bias_KC", "v_bias_KC")
+  queries = weights["q_DHC"]
+  own = {n: own_heads(weights[n], x_BSD, queries) for n in names if n in weights}
+  return weights | own
 
 
 def heads(x_BSD, weights, cos_sin, cfg: LlamaConfig):

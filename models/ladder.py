@@ -135,6 +135,7 @@ def _forward(params, tokens_BS, positions, segment_ids, cfg: LadderConfig):
     return kernel(q, k, v, visible), None
 
   def attention(weights, x_BSD, _=None):
+    weights = _llama_layers.with_own_heads(weights, x_BSD)
     return _ladder_layers.attention_rows(weights, x_BSD, cos_sin, attend, cfg)
 
   layers = params["layers"]

@@ -163,7 +163,8 @@ def apply(
 
   Args:
     params: from `init`. In a region that is manual over the mesh axis `tensor`, which checks types,
-      this device's parts, of equal size along heads, feed-forward and vocabulary.
+      this device's parts, of equal size along heads, feed-forward and vocabulary; but all
+      key/value heads where they are fewer than the devices.
     tokens_BS: int ids in [0, V); host code checks the range, a gather would clamp.
     cfg: the config of `params`.
     positions: int32[B, S] for RoPE, default places in the sequence (0..S-1 without `context`). With
@@ -182,12 +183,13 @@ def apply(
 
   Wire, over `tensor` of size T: two all-reduces of [B, S, D] in `cfg.dtype` per layer forward, two
   backward, each `2 (T - 1) / T` of its bytes per device; one more each way outside of the layers.
+  With fewer key/value heads than T, one more backward of the gradients of their weights.
   With `cfg.sequence_parallel` a reduce-scatter and an all-gather in place of each, the same bytes.
 
   Raises:
     ValueError: an argument has the wrong shape or dtype, the sequence exceeds `cfg.max_seq_len`,
-      `cfg.remat` is not "none" with a `partition`, `cfg.attention` is "cudnn" with a `context`, or
-      `params` are parts whose types are not known.
+      `cfg.remat` is not "none" with a `partition`, `cfg.attention` names a kernel that cannot be
+      had, as never with a `context`, or `params` are parts whose types are not known.
 
   Example:
     >>> cfg = nano()
@@ -198,8 +200,10 @@ def apply(
   _check_inputs(tokens_BS, cfg, positions, segment_ids, context)
   if partition is not None and cfg.remat != "none":
     raise ValueError(f"`cfg.remat` must be 'none' with a `partition`, got {cfg.remat!r}.")
-  if context is not None and cfg.attention == "cudnn":
-    raise ValueError("`cfg.attention` must be 'auto' or 'xla' with a `context`, got 'cudnn'.")
+  if context is not None and cfg.attention not in ("auto", "xla"):
+    raise ValueError(
+      f"`cfg.attention` must be 'auto' or 'xla' with a `context`, got {cfg.attention!r}."
+    )
   if partition is None:
     _check_parts(params, cfg)
   forward = functools.partial(

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jaxcomm import _axes
 from parallel.mesh import DATA, FSDP, REPLICA, SEQ, TENSOR
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -22,13 +24,18 @@ DEFAULT_RULES: Rules = {
   "norm": None,  # small vectors: sharding them saves nothing and costs a collective each
 }
 
+# Where devices are a multiple of them, each device takes the whole, and works on the one it needs
+# (`parallel.tensor_parallel.own_heads`).
+_SHARED = frozenset({"kv_heads"})
+
 
 def mesh_specs(
   logical_specs: Any, shapes: Any, mesh: jax.sharding.Mesh, rules: Rules = DEFAULT_RULES
 ) -> Any:
   """Partition specs over the axes of `mesh`.
 
-  Mesh axes that `mesh` lacks, or has at size 1, are dropped.
+  Mesh axes that `mesh` lacks, or has at size 1, are dropped; those of "kv_heads" also where the
+  devices are a multiple of the heads: such weights are on all of them.
 
   Args:
     logical_specs: tree of `jax.P` of logical names, such as `models.llama.specs(cfg)`.
@@ -63,10 +70,12 @@ def _leaf_spec(name, logical, shape, mesh, rules) -> jax.P:
   dims, used = [], set()
   for dim, label in enumerate(logical):
     axes = _mesh_axes(name, label, mesh, rules)
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    if label in _SHARED and count > shape[dim] and count % shape[dim] == 0:
+      axes, count = (), 1
     if repeated := used.intersection(axes):
       raise ValueError(f"`rules` use the mesh axes {sorted(repeated)} twice in {name}: {logical}.")
     used.update(axes)
-    count = math.prod(mesh.shape[axis] for axis in axes)
     if shape[dim] % count:
       raise ValueError(
         f"`shapes` of {name}: dimension {dim} ('{label}') has size {shape[dim]}, which must be"
@@ -139,16 +148,18 @@ def gather_fsdp(x: jax.Array, dim: int) -> jax.Array:
   return _constrain(x, jax.P(*dims))
 
 
-def on_batch_and_head_shards(fn: Callable[..., Any], *args: jax.Array) -> Any:
-  """`fn(*args)` on each device's rows and heads of arrays [B, S, heads, C].
+def on_batch_and_head_shards(fn: Callable[..., Any], *args: jax.Array, checked: bool = True) -> Any:
+  """`fn(*args)` on each device's rows and heads of arrays [B, S, heads, C], and rows of [B, S].
 
   For kernels that the compiler does not partition: `fn` is manual over all automatic axes. Rows are
   cut as a batch is, heads over `tensor`; where the axes do not divide them each device takes all.
   It is `fn(*args)` where the arrays are on no mesh.
 
   Args:
-    fn: row by row and head by head, returns arrays cut alike.
+    fn: row by row and head by head, returns arrays [B, S, heads, C] cut alike.
     args: arrays of equal B; numbers of heads may be multiples of each other.
+    checked: whether types are checked in the region. Kernels in Pallas do not tell theirs; their
+      results are then taken to differ wherever an argument does.
   """
   mesh = _mesh(args[0])
   if not mesh.auto_axes:
@@ -156,17 +167,24 @@ def on_batch_and_head_shards(fn: Callable[..., Any], *args: jax.Array) -> Any:
   axes = _auto_batch_axes(args[0])
   divides = args[0].shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0
   heads = TENSOR if TENSOR in mesh.auto_axes else None
-  if heads and any(x.shape[2] % mesh.shape[heads] for x in args):
+  if heads and any(x.shape[2] % mesh.shape[heads] for x in args if x.ndim > 2):
     heads = None
-  spec = jax.P(axes if axes and divides else None, None, heads)
+  rows = axes if axes and divides else None
+  spec = jax.P(rows, None, heads)
+
+  def local(*args):
+    # A product forgets, as all else in an unchecked region does, that it differs outside.
+    return fn(*(args if checked else (x * jnp.ones((), x.dtype) for x in args)))
+
   manual = jax.shard_map(
-    fn,
+    local,
     mesh=mesh,
-    in_specs=(spec,) * len(args),
+    in_specs=tuple(spec if x.ndim > 2 else jax.P(rows) for x in args),
     out_specs=spec,
     axis_names=set(mesh.auto_axes),
+    check_vma=checked,
   )
-  return manual(*args)
+  return manual(*args) if checked else _axes.vary_like(manual(*args), args)
 
 
 def _mesh(x) -> jax.sharding.AbstractMesh:

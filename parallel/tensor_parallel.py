@@ -73,6 +73,44 @@ def from_rows(y: jax.Array, weight: jax.Array, *, over_tokens: bool) -> jax.Arra
   return _constrain_tokens(_constrain_tokens(y, False), True) if over_tokens else y
 
 
+def own_heads(weight: jax.Array, x: jax.Array, queries: jax.Array) -> jax.Array:
+  """Key/value weights [..., K, C] as T > K devices on `tensor` need them: each head T / K times.
+
+  Manual over the axis it is the head of this device's queries, [..., 1, C]; where the axis is the
+  compiler's, [..., T, C], cut along T. Where T divides K it is `weight` itself.
+
+  Wire over T devices: nothing forward; backward the gradient of `weight` is summed.
+
+  Args:
+    weight: whole on all devices, as `mesh_specs` has it then.
+    x: what it is multiplied with.
+    queries: weights of the queries; their type tells whether the axis is manual.
+
+  Example:
+    >>> from parallel import make_mesh
+    >>> two = jax.device_put(jnp.arange(2.0)[:, None], jax.NamedSharding(make_mesh(), jax.P()))
+    >>> jax.jit(own_heads)(two, two, two).shape  # no devices to share them
+    (2, 1)
+  """
+  heads, axis = weight.shape[-2], weight.ndim - 2
+  if is_cut(queries):
+    if is_cut(weight):
+      return weight
+    size = _axes.axis_size(TENSOR)
+    first = jax.lax.axis_index(TENSOR) * heads // size
+    whole = _axes.vary(weight, TENSOR)
+    return jax.lax.dynamic_slice_in_dim(whole, first, max(1, heads // size), axis)
+  if not _larger_auto_axes(x, (TENSOR,)):
+    return weight
+  mesh = jax.typeof(x).sharding.mesh
+  size = mesh.shape[TENSOR]
+  if size <= heads or size % heads:
+    return weight
+  spec = jax.P(*(jax.P.UNCONSTRAINED,) * axis, TENSOR, jax.P.UNCONSTRAINED)
+  repeated = jnp.repeat(weight, size // heads, axis)
+  return jax.lax.with_sharding_constraint(repeated, jax.NamedSharding(mesh, spec))
+
+
 def lookup(table_VD: jax.Array, ids_BS: jax.Array) -> jax.Array:
   """[B, S, D]: rows of a table, of which each device may hold V / T; sum them with `from_rows`."""
   if not is_cut(table_VD):

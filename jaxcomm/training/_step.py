@@ -22,7 +22,7 @@ from jaxcomm.transforms._local_updates import at_outer_params, select_outer_para
 from jaxcomm.transforms.healthy_mean import left_out
 
 P = jax.sharding.PartitionSpec
-LossFn = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +114,7 @@ def make_train_step(
   num_replicas: int | None = None,
   eval_loss_fn: LossFn | None = None,
   mean_in_loss: bool = False,
+  step_in_loss: bool = False,
 ) -> TrainStep:
   """Builds the step; which state differs per replica is read from the types of the update.
 
@@ -133,12 +134,14 @@ def make_train_step(
     eval_loss_fn: of `evaluate`, like `loss_fn`, which is the default.
     mean_in_loss: gradients of `loss_fn` are means over `replica` already: all weights pass through
       `parallel.mean_in_backward`. `tx` then needs no mean.
+    step_in_loss: `loss_fn` takes a third argument, int32[], the steps taken so far: it can draw by
+      it, and draws the same after a resume. `eval_loss_fn` does not take it, and must be given.
 
   Raises:
     ValueError: the mesh lacks `replica`, its size is neither 1 nor `num_replicas`, replicas are to
-      be stacked on a mesh with Explicit axes, or the types of `tx` do not work out: an outer chain
-      without a mean, a round counter that differs per replica, optax.MultiSteps before the mean,
-      optax.apply_if_finite around it.
+      be stacked on a mesh with Explicit axes, `step_in_loss` comes without an `eval_loss_fn`, or
+      the types of `tx` do not work out: an outer chain without a mean, a round counter that differs
+      per replica, optax.MultiSteps before the mean, optax.apply_if_finite around it.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, jaxcomm
@@ -151,6 +154,8 @@ def make_train_step(
     >>> metrics["loss"].tolist(), state.params["w"].shape
     ([1.0, 1.0], (2,))
   """
+  if step_in_loss and eval_loss_fn is None:
+    raise ValueError("`eval_loss_fn` must be given with `step_in_loss`: evaluation has no step.")
   if "replica" not in mesh.shape:
     raise ValueError(f"`mesh` must have an axis 'replica', got axes {mesh.axis_names}.")
   size = mesh.shape["replica"]
@@ -174,7 +179,7 @@ def make_train_step(
   def local_step(state: TrainState, batch):
     # Equal parameters get the sum of the gradients, unless the loss casts and averages itself.
     params = state.params if mean_in_loss else _axes.vary(state.params, "replica")
-    (loss, aux), grads = grad_fn(params, batch)
+    (loss, aux), grads = grad_fn(params, batch, *([state.step] if step_in_loss else []))
     state = typed_update(state, grads)
     return state, {"loss": loss, **aux, **left_out(state.opt_state)}
 

@@ -51,6 +51,20 @@ def test_stages_train_like_whole_replicas(start, tiny_flags, tmp_path):
   assert len(last[0]) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "noloco"])
+def test_random_routes_go_on_after_a_resume(start, tiny_flags, tmp_path, method):
+  """Bit for bit, and from the middle of a round: routes are drawn by the number of the step."""
+  argv = [*tiny_flags, "--method", method, "--stages", "2", "--microbatches", "2", "--route"]
+  once = trained(start, tmp_path / "once", *argv, "--steps", "5")
+  trained(start, tmp_path / "twice", *argv, "--steps", "3", "--schedule-steps", "5")
+  twice = trained(start, tmp_path / "twice", "--resume", "--steps", "5")
+  assert twice[:2] == once[:2]
+  sent = once[2]["wire_bytes_per_step"]
+  assert sent["replica,stage"] > 0
+  assert ("replica" in sent) == (method == "noloco")
+
+
 def test_flags_without_sense(fails, tiny_flags):
   for flags, message in (
     (["--sequence-parallel"], "`sequence_parallel` has no effect without `tensor`"),
@@ -62,7 +76,9 @@ def test_flags_without_sense(fails, tiny_flags):
     (["--microbatches", "2"], "`microbatches` has no effect without `stages`, got 2"),
     (["--stages", "2", "--microbatches", "0"], "`microbatches` must be at least 1, got 0"),
     (["--stages", "2", "--microbatches", "3"], "fsdp * microbatches = "),
-    (["--tensor", "4"], "['k_DKC']: dimension 2 ('kv_heads') has size 2, which must be"),
+    (["--tensor", "3", "--replicas", "1"], "dimension 2 ('kv_heads') has size 2, which must be"),
+    (["--route"], "`route` needs several `stages` and `replicas`, got 1 and 2"),
+    (["--route", "--stages", "2", "--replicas", "1"], "and `replicas`, got 2 and 1"),
   ):  # fmt: skip
     _, line = fails(*tiny_flags, *flags)
     assert message in line

@@ -76,13 +76,13 @@ def gpu(monkeypatch):
 
 
 def test_cudnn_where_it_applies(gpu):
-  assert _attention.choose("auto", "bfloat16", 128, packed=False) == "cudnn"
-  assert _attention.choose("auto", "float16", 256, packed=False) == "cudnn"
-  assert _attention.choose("xla", "bfloat16", 128, packed=False) == "xla"
+  assert _attention.choose("auto", "bfloat16", 128, seq_len=128, packed=False) == "cudnn"
+  assert _attention.choose("auto", "float16", 256, seq_len=128, packed=False) == "cudnn"
+  assert _attention.choose("xla", "bfloat16", 128, seq_len=128, packed=False) == "xla"
 
 
 def test_xla_without_a_word_where_there_is_no_gpu(caplog):
-  assert _attention.choose("auto", "bfloat16", 128, packed=False) == "xla"
+  assert _attention.choose("auto", "bfloat16", 128, seq_len=128, packed=False) == "xla"
   assert caplog.records == []
 
 
@@ -101,11 +101,11 @@ def test_falls_back_with_one_warning(
 ):
   monkeypatch.setattr(_attention, "_cuda_capability", lambda: capability)
   for _ in range(3):
-    assert _attention.choose("auto", dtype, width, packed=packed) == "xla"
+    assert _attention.choose("auto", dtype, width, seq_len=128, packed=packed) == "xla"
   assert [r.levelno for r in caplog.records] == [logging.WARNING]
   assert reason in caplog.text
   with pytest.raises(ValueError, match=f"`attention` cannot be 'cudnn': .*{reason}"):
-    _attention.choose("cudnn", dtype, width, packed=packed)
+    _attention.choose("cudnn", dtype, width, seq_len=128, packed=packed)
 
 
 def test_the_config_names_what_cannot_be_had():

@@ -20,6 +20,7 @@ CFG = llama.LlamaConfig(
   head_dim=4, dtype="float32", attention_bias=True, mlp_bias=True,
 )  # fmt: skip
 TIED = dataclasses.replace(CFG, tie_embeddings=True, attention_bias=False, mlp_bias=False)
+FEW = dataclasses.replace(CFG, num_kv_heads=2)  # each for several devices
 
 
 def make_params(cfg):
@@ -76,8 +77,24 @@ CASES = {
   "auto, 1": (1, CFG, AxisType.Auto, False),
   "manual, 8": (8, CFG, AxisType.Explicit, True),
   "manual, 1": (1, TIED, AxisType.Auto, True),
+  "auto, few heads": (4, FEW, AxisType.Auto, False),
+  "explicit, few heads, 8": (8, FEW, AxisType.Explicit, False),
+  "manual, few heads": (4, FEW, AxisType.Auto, True),
 }
 FAST = ("auto",)
+
+
+def numbers_of_shared_heads(cfg, size, manual):
+  """Sent for gradients of keys' and values' weights and biases that several devices have.
+
+  By hand a sum over all; the compiler sums among those of a head, and gathers the heads.
+  """
+  heads = cfg.num_kv_heads
+  if size <= heads:
+    return 0
+  rows = cfg.num_layers * 2 * (cfg.hidden_size + cfg.attention_bias) * cfg.head_size
+  share = size // heads
+  return rows * (2 * (size - 1) / size * heads if manual else 2 * (share - 1) / share + heads - 1)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +109,12 @@ def test_two_sums_per_layer_and_pass(case):
   if size == 1:
     return
   wire = collective_bytes(compiled, mesh)
-  assert {op.kind for op in wire.ops} == {"all-reduce"}
   streams = 4 * cfg.num_layers + 2  # and one of the embedding, one of the output
   numbers = B * S * (streams * cfg.hidden_size + 3)
-  assert wire.by_axis == {"tensor": pytest.approx(2 * (size - 1) / size * 4 * numbers)}
+  gathers = size > cfg.num_kv_heads and not manual
+  assert {op.kind for op in wire.ops} == {"all-reduce"} | ({"all-gather"} if gathers else set())
+  sent = 2 * (size - 1) / size * numbers + numbers_of_shared_heads(cfg, size, manual)
+  assert wire.by_axis == {"tensor": pytest.approx(4 * sent)}
   assert f"[{B},{S},{cfg.vocab_size}]" not in compiled.as_text()
 
 
@@ -161,7 +180,8 @@ def test_cross_entropy_of_cut_logits():
   ("changes", "message"),
   [
     ({"vocab_size": 70}, r"embed_VD.*\('vocab'\) has size 70, which must be divisible by 4"),
-    ({"num_heads": 6, "num_kv_heads": 2}, r"\('kv_heads'\) has size 2, .* by 4"),
+    ({"num_heads": 12, "num_kv_heads": 3}, r"\('kv_heads'\) has size 3, .* by 4"),
+    ({"num_heads": 6, "num_kv_heads": 2}, r"\('heads'\) has size 6, .* by 4"),
     ({"intermediate_size": 42}, r"\('mlp'\) has size 42, .* axis tensor"),
   ],
 )

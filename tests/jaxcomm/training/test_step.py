@@ -434,3 +434,24 @@ def test_averages_survive_in_the_step():
   outer = jaxcomm.outer_params(state.opt_state)
   for name, p in state.params.items():
     np.testing.assert_array_equal(p, np.broadcast_to(outer[name], p.shape))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_loss_of_the_step(size):
+  """The loss gets the steps taken so far, on replicas of their own and on stacked ones."""
+
+  def loss(params, batch, step):
+    return jnp.sum(params * batch) * (1.0 + step), {"seen": step}
+
+  made = make_train_step(
+    loss, lambda key: jnp.ones(()), pmean_over("replica"), make_mesh((size,), names=("replica",)),
+    num_replicas=2, eval_loss_fn=lambda p, b: (p, {}), step_in_loss=True,
+  )  # fmt: skip
+  state = made.init(jax.random.key(0))
+  for count in range(2):
+    state, metrics = made.step(state, jnp.ones(2))
+    assert metrics["seen"].tolist() == [count] * 2
+  assert float(state.params) == 1 + 1 + 2  # the transform keeps the gradient's sign
+  with pytest.raises(ValueError, match="`eval_loss_fn` must be given with `step_in_loss`"):
+    make_train_step(loss, init_params, pmean_over("replica"), make_mesh((1,), names=("replica",)),
+                    step_in_loss=True)  # fmt: skip
