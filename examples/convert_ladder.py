@@ -262,10 +262,15 @@ def dry_run(config: Config, devices: list[Any]) -> None:
   if config.model is not None:
     source = find_source(config)
   else:
-    cfg = with_flags(config, getattr(llama, config.preset)())
-    source = Source(cfg=cfg, read=dict, name=f"new {config.preset}", steps=config.steps, lr=1.0)
+    name, lr = f"new {config.preset}", config.lr or 1.0
+    source = Source(cfg=new_llama(config), read=dict, name=name, steps=config.steps, lr=lr)
   own = retraining(config, source)
   run(own, make_task(own, source, convert(config, source.cfg), devices))
+
+
+def new_llama(config: Config) -> llama.LlamaConfig:
+  """The model that is trained first."""
+  return with_flags(config, getattr(llama, config.preset)())
 
 
 def llama_flags(config: Config) -> TrainConfig:
@@ -283,8 +288,8 @@ def main(config: Config) -> None:
   if config.dry_run:
     dry_run(config, devices)
     return
-  if config.model is not None:
-    find_source(config)  # refused before anything is written
+  # Refused before anything is written or trained.
+  convert(config, new_llama(config) if config.model is None else find_source(config).cfg)
   with open_folder(config) as folder:
     if config.model is None:
       if not train_in(folder.path / "llama", llama_flags(config), train_llama):
