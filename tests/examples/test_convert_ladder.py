@@ -92,7 +92,7 @@ def test_a_llama_is_trained_converted_and_retrained(run, tiny_flags, tmp_path, m
   run(*tiny_flags, *shared, "--steps", "6", "--out", root)
   result, retrained = read(root), read(root / "ladder")
   assert result["ladder_layers"] == [1]
-  assert result["loss_of_llama"] == pytest.approx(read(root / "llama")["eval_loss"], rel=1e-6)
+  assert result["loss_of_llama"] == pytest.approx(read(root / "llama")["eval_loss"], rel=1e-5)
   assert result["loss_converted"] == retrained["first_eval_loss"] != result["loss_of_llama"]
   assert result["loss_retrained"] == retrained["eval_loss"] < result["loss_converted"]
 
