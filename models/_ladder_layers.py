@@ -69,7 +69,12 @@ def layer(kind: Residual, stream: Stream, weights: Weights, attention: Attention
   y_BSD, kept = attention(weights, norm(before if kind == "ladder" else x_BSD, "attn_norm_D"))
   after = x_BSD + summed(y_BSD, weights)
   normed = norm(x_BSD if kind == "ladder" else after, "mlp_norm_D")
-  return (shard_batch(after), feed_forward_rows(weights, normed, cfg)), kept
+  after, late = shard_batch(after), feed_forward_rows(weights, normed, cfg)
+  if kind == "ladder" and not cfg.scan_layers:
+    # Else XLA:GPU makes one kernel of the norms of `x` and `after`, and this feed-forward waits for
+    # attention's sum.
+    after, late = jax.lax.optimization_barrier((after, late))
+  return (after, late), kept
 
 
 def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: LadderConfig, xs=None):
