@@ -18,7 +18,7 @@ has a Llama's parameters, and `OUT/summary.json` the `ladder_layers` to run them
 Face folder is written: transformers would read it as a plain Llama, at the loss of before.
 
 The default (1.0M parameters, 300 steps, half of 4 layers, 15 steps) takes about a minute on two
-cores.
+cores. So small a model hardly jumps: 3.8588 to 3.8694.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Config(FinetuneConfig):
   retrain_steps: int | None = None
   """default a twentieth of the steps of the Llama, of a Hugging Face folder 100"""
   retrain_lr: float | None = None
-  """its peak; default a quarter of the Llama's, of a Hugging Face folder 2e-5"""
+  """its peak; default a twentieth of the Llama's, of a Hugging Face folder 2e-5"""
   method: Method = "none"
   """as of train_lm.py, for more than one of --replicas"""
   replicas: int = 1
@@ -150,7 +150,7 @@ def source_of_run(path: pathlib.Path) -> Source:
     read=read,
     name=f"{config.preset} of {path.name}",
     steps=max(1, summary["steps"] // 20),
-    lr=config.lr / 4,
+    lr=config.lr / 20,  # half of what its schedule ended with
     tokenizer=config.tokenizer,
     data=summary["data"],
   )
