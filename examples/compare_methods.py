@@ -18,18 +18,15 @@ The default (1.0M parameters, 4 replicas, 120 steps of four methods) takes about
 cores. Over 10 Mbit/s a step of `ddp` then needs 4.7 s for its 5.86 MB, one of `diloco` 0.03 s.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 import shlex
 from typing import Annotated, Any, ClassVar, Literal
 
-import jax
 import tyro
 from compare_report import draw, format_table, read_run, table, write_csv
+from compare_runs import check_comparison, check_processes, compare
 from lm_methods import MethodConfig
 from train_lm import Config
 from train_lm import main as train
@@ -60,24 +57,10 @@ class CompareConfig(Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.out is None and not self.dry_run:
-      raise ValueError("`out` must be given: the runs are kept there.")
-    if self.eval_every < 1:
-      raise ValueError(
-        f"`eval_every` must be at least 1: evaluations are compared, got {self.eval_every}."
-      )
+    check_comparison(self)
     if not self.link_mbits or not all(0 < v < math.inf for v in self.link_mbits):
       raise ValueError(
         f"`link_mbits` must be positive numbers, at least one, got {self.link_mbits}."
-      )
-    if self.replica_change is not None:
-      raise ValueError(
-        "`replica_change` is not for comparisons, whose runs share one history, got"
-        f" {self.replica_change!r}."
-      )
-    if self.coordinator is not None:
-      raise ValueError(
-        f"`coordinator` must not be given: one process compares, got {self.coordinator!r}."
       )
     _ = self.runs  # refuses methods before the first is run
 
@@ -114,37 +97,8 @@ def main(config: CompareConfig) -> None:
   if config.schedule_steps is None:
     config = dataclasses.replace(config, schedule_steps=config.steps)
   start_devices(config)
-  if jax.process_count() > 1:
-    raise ValueError(f"one process compares, got {jax.process_count()}: train_lm.py takes several.")
-  if config.dry_run:
-    for run in config.runs.values():
-      train(run)
-      print(flush=True)
-    return
-  assert config.out is not None
-  may_change, flags = config.free_on_resume, dataclasses.asdict(config)
-  folder = RunFolder(config.out, flags, resume=config.resume, may_change=may_change)
-  with contextlib.closing(folder):
-    if config.resume:
-      folder.continue_from(-1)  # records flags that have changed
-    if all(train_in(folder.path / name, run) for name, run in config.runs.items()):
-      report(folder, config)
-
-
-def train_in(path: pathlib.Path, config: Config) -> bool:
-  """Starts or continues the run in `path`, unless it has finished; whether it then has."""
-  if not _finished(path, config.steps):
-    resume = (path / "config.json").exists()
-    train(dataclasses.replace(config, out=str(path), resume=resume))
-    print(flush=True)
-  return _finished(path, config.steps)  # not after SIGTERM
-
-
-def _finished(path: pathlib.Path, steps: int) -> bool:
-  try:
-    return json.loads((path / "summary.json").read_text())["steps"] >= steps
-  except FileNotFoundError:
-    return False
+  check_processes()
+  compare(config, config.runs, train, functools.partial(report, config=config))
 
 
 def report(folder: RunFolder, config: CompareConfig) -> None:

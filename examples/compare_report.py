@@ -1,4 +1,4 @@
-"""Table and picture of several finished runs: what `compare_methods.py` leaves behind."""
+"""Tables and pictures of several finished runs: what `compare_methods.py` leaves behind."""
 
 import csv
 import dataclasses
@@ -93,7 +93,12 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     line = [row["method"], f"{row['eval_loss']:.4f}", format_bytes(row["bytes_sent"])]
     line.append(f"{1000 * row['step_seconds']:.1f}")
     lines.append(line + [f"{row[key]:,.1f}" for key in links])
-  widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+  return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+  """Columns of `lines`, the first one to the left."""
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   return "\n".join(
     "  ".join(
       [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:]))]

@@ -14,17 +14,18 @@ from jaxcomm.transforms import zero_one_adam_levels
 
 MEAN_ROUNDS = ("co2", "diloco", "eager_diloco", "local_sgd", "slowmo")
 ROUNDS = (*MEAN_ROUNDS, *GOSSIP_ROUNDS)
+Method = Literal[
+  "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "slowmo", "co2",
+  "none", "noloco", "sgp", "ad_psgd", "adagossip", "dfedsam",
+  "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodConfig(GossipConfig):
   """Flags that choose what crosses the slow link, and when."""
 
-  method: Literal[
-    "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "slowmo", "co2",
-    "none", "noloco", "sgp", "ad_psgd", "adagossip", "dfedsam",
-    "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
-  ] = "diloco"  # fmt: skip
+  method: Method = "diloco"
   """ddp: mean gradient every step; diloco, eager_diloco, local_sgd, slowmo, co2: a mean every
   --sync-period; streaming_diloco: one of --fragments at a time; none: never; noloco, dfedsam: an
   average with neighbours every --sync-period; sgp, ad_psgd, adagossip: every step; the others

@@ -1,6 +1,5 @@
 """The routing of residual streams between blocks. Letters as in `models.ladder`."""
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +69,12 @@ def layer(kind: Residual, stream: Stream, weights: Weights, attention: Attention
   y_BSD, kept = attention(weights, norm(before if kind == "ladder" else x_BSD, "attn_norm_D"))
   after = x_BSD + summed(y_BSD, weights)
   normed = norm(x_BSD if kind == "ladder" else after, "mlp_norm_D")
-  return (shard_batch(after), feed_forward_rows(weights, normed, cfg)), kept
+  after, late = shard_batch(after), feed_forward_rows(weights, normed, cfg)
+  if kind == "ladder" and not cfg.scan_layers:
+    # Else XLA:GPU makes one kernel of the norms of `x` and `after`, and this feed-forward waits for
+    # attention's sum.
+    after, late = jax.lax.optimization_barrier((after, late))
+  return (after, late), kept
 
 
 def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: LadderConfig, xs=None):
@@ -122,12 +126,20 @@ def _run_group(kind: Residual, stream: Stream, inputs, start: int, stop: int, at
 def run_desync(layers: Weights, x_BSD, attention: Attention, specs, cfg: LadderConfig):
   """All layers of "desync": the stream at their end, equal on all devices.
 
-  Whole weights are taken as those of T devices, on an axis of `jax.vmap`.
+  Whole weights are taken as those of T devices, whose streams are stacked: [T, B, S, D].
   """
-  local = functools.partial(_desync_layers, attention=attention, cfg=cfg)
-  if is_cut(layers["down_FD"]):
-    return local(layers, x_BSD)
   size = cfg.tensor_parallel_size
+  if is_cut(layers["down_FD"]):
+    if (found := _axes.axis_size(TENSOR)) != size:
+      raise ValueError(
+        f"`tensor_parallel_size` is part of a desync model: it has {size}, got {found} devices on"
+        f" '{TENSOR}'."
+      )
+
+    def over_devices(y_BSD):
+      return jax.lax.psum(_axes.vary(y_BSD, TENSOR), TENSOR)
+
+    return _desync_layers(layers, x_BSD, attention, cfg, lambda block: block, over_devices)
 
   def cut_dim(spec):
     found = [i for i, name in enumerate(spec) if name in ("heads", "kv_heads", "mlp")]
@@ -138,27 +150,32 @@ def run_desync(layers: Weights, x_BSD, attention: Attention, specs, cfg: LadderC
     name: w if (i := dims[name]) is None else w.reshape(*w.shape[:i], size, -1, *w.shape[i + 1 :])
     for name, w in layers.items()
   }
-  run = jax.vmap(local, in_axes=(dims, None), out_axes=None, axis_name=TENSOR, axis_size=size)
-  return run(parts, x_BSD)
+  of_a_layer = {name: None if i is None else i - 1 for name, i in dims.items()}
+
+  def on_each(block):
+    return jax.vmap(block, in_axes=(of_a_layer, 0))
+
+  def over_streams(y_TBSD):
+    return jnp.broadcast_to(y_TBSD.sum(0)[None], y_TBSD.shape)
+
+  x_TBSD = jnp.broadcast_to(x_BSD[None], (size, *x_BSD.shape))
+  return _desync_layers(parts, x_TBSD, attention, cfg, on_each, over_streams)[0]
 
 
-def _desync_layers(layers: Weights, x_BSD, attention: Attention, cfg: LadderConfig):
-  size = _axes.axis_size(TENSOR)
-  if size != cfg.tensor_parallel_size:
-    raise ValueError(
-      f"`tensor_parallel_size` is part of a desync model: it has {cfg.tensor_parallel_size}, got"
-      f" {size} devices on '{TENSOR}'."
-    )
+def _desync_layers(layers: Weights, x, attention: Attention, cfg: LadderConfig, on_each, total):
+  """The streams after all layers; `on_each(block)` is the block on all, `total` their sum."""
 
-  def add(x_BSD, y_BSD, sums: bool):
-    if not sums:
-      return x_BSD + y_BSD
-    return jax.lax.psum(_axes.vary(y_BSD + x_BSD / size, TENSOR), TENSOR)
-
-  for i, (sum_attention, sum_feed_forward) in enumerate(cfg.reduce_pattern or ()):
-    weights = jax.tree.map(lambda p, i=i: p[i].astype(cfg.dtype), layers)
+  def attention_block(weights, x_BSD):
     normed = _llama_layers.rms_norm(x_BSD, weights["attn_norm_D"][0], cfg)
-    x_BSD = add(x_BSD, attention(weights, normed)[0], sum_attention)
+    return attention(weights, normed)[0]
+
+  def feed_forward_block(weights, x_BSD):
     normed = _llama_layers.rms_norm(x_BSD, weights["mlp_norm_D"][0], cfg)
-    x_BSD = add(x_BSD, feed_forward_rows(weights, normed, cfg), sum_feed_forward)
-  return x_BSD
+    return feed_forward_rows(weights, normed, cfg)
+
+  for i, sums in enumerate(cfg.reduce_pattern or ()):
+    weights = jax.tree.map(lambda p, i=i: p[i].astype(cfg.dtype), layers)
+    for block, is_summed in zip((attention_block, feed_forward_block), sums):
+      y = on_each(block)(weights, x)
+      x = total(y + x / cfg.tensor_parallel_size) if is_summed else x + y
+  return x

@@ -6,8 +6,8 @@
 Layers of Llama 3 8B's shape, bfloat16, weights cut over all devices by hand, abstract parameters.
 Prints for each program its all-reduces in order (the first is that of the embedding): how many
 matrix products run between start and end, or why none does; "overlapped" means smaller kernels
-only. Seen on gpu:h100:1x8, forward: unrolled, every second all-reduce of the ladder has 2 or 3;
-scanned, both in the loop's body have; of the standard model none has any.
+only. Seen on gpu:h100:1x8, forward: unrolled, every all-reduce of the ladder but the last has 2 or
+3; scanned, both in the loop's body have; of the standard model none has any.
 """
 
 import argparse

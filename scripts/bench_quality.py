@@ -25,18 +25,15 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
-import multiprocessing
 import os
 import pathlib
-import sys
-import threading
 import time
 
-SEQ_LEN, VOCAB = 32, 512
-EVAL_BATCH, EVAL_BATCHES, NUM_EVALS = 64, 32, 10
-TUNE_SEED, SEEDS = 100, (0, 1, 2)
+import _study
+from _study import SEEDS, TUNE_SEED, Results, job_of
+
+SEQ_LEN, VOCAB, NUM_EVALS = 32, 512, 10
 LEARNING_RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 FINER = (0.6, 0.8, 1.25, 1.6)
 # Outer learning rate and momentum. The papers' own settings are among them.
@@ -70,8 +67,8 @@ class Job:
 
   @classmethod
   def of(cls, row: dict) -> "Job":
-    """The job of a result; rows of earlier versions lack what was then always the default."""
-    return cls(**{f.name: row.get(f.name, f.default) for f in dataclasses.fields(cls)})
+    """The job of a result."""
+    return job_of(cls, row)
 
 
 METHODS = {
@@ -92,16 +89,6 @@ METHODS = {
 PARTS = ({"compressor": "none"}, {"delay": 0}, {"alpha": 0.0},
          {"compressor": "none", "delay": 0, "alpha": 0.0})  # fmt: skip
 STUDY = ("diloco_5", "diloco", "diloco_50")  # with 4 replicas only, but for H = 20
-
-
-@functools.cache
-def _data():
-  from jaxcomm import data
-
-  corpus = data.prepare_text("sympy", vocab_size=VOCAB)
-  train = data.load_text(corpus, split="train", seq_len=SEQ_LEN)
-  validation = data.load_text(corpus, split="validation", seq_len=SEQ_LEN)
-  return train, list(data.eval_batches(validation, EVAL_BATCH, EVAL_BATCHES))
 
 
 def _method_flags(job: Job):
@@ -126,58 +113,6 @@ def _method_flags(job: Job):
   )
 
 
-def _train_step(job: Job):
-  import jax
-  from lm_gossip import training_loss
-  from lm_methods import build_transform
-
-  from jaxcomm.training import make_train_step
-  from models import llama
-
-  cfg, flags = llama.nano(), _method_flags(job)
-  mesh = jax.make_mesh((1,), ("replica",), axis_types=(jax.sharding.AxisType.Auto,))
-  axes = llama.specs(cfg)
-  stacked = jax.tree.map(lambda names: int("layers" in names), axes)
-  specs = jax.tree.map(lambda _: jax.P(), axes)
-
-  def loss(params, batch):
-    return llama.loss(params, batch, cfg)
-
-  return make_train_step(
-    training_loss(flags, loss),
-    lambda key: llama.init(key, cfg),
-    build_transform(flags, specs, mesh, stacked),
-    mesh,
-    num_replicas=flags.replicas,
-    eval_loss_fn=loss,
-  )
-
-
-def _set_up_worker():
-  os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "examples"))
-  import jax
-
-  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/xla").absolute()))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-class _Curve:
-  """Stands in for the loop's progress display: keeps (step, evaluation loss)."""
-
-  def __init__(self):
-    self.points: list[tuple[int, float]] = []
-
-  def advance(self, step: int) -> None:
-    """Nothing to show."""
-
-  def report(self, row: dict) -> None:
-    """Keeps the rows of evaluations."""
-    if "eval_loss" in row:
-      self.points.append((row["step"], row["eval_loss"]))
-
-
 def run(job: Job) -> dict:
   """Trains one configuration: its evaluation curve, and the loss of its replicas' mean.
 
@@ -186,25 +121,22 @@ def run(job: Job) -> dict:
   import jax
 
   from jaxcomm import data
-  from jaxcomm.training import Loop, LoopConfig, NonFiniteLossError
+  from models import llama
 
-  train, validation = _data()
-  ts = _train_step(job)
+  rows, validation = _study.text_data(VOCAB, SEQ_LEN)
+  train_step = _study.make_step(_method_flags(job), llama, llama.nano())
   # One replica alone sees what the first of several sees: a part of the rows, as many steps.
-  rows = job.batch_size // job.replicas if job.method == "one" else job.batch_size
-  batches = data.batches(train, batch_size=job.batch_size, seed=job.seed, row_count=rows)
-  periods = {"log_every": 0, "save_every": 0, "eval_every": job.steps // NUM_EVALS}
-  config = LoopConfig(steps=job.steps, **periods)
-  recorder, start, ends = _Curve(), time.perf_counter(), {"eval_loss": None}
-  loop = Loop(config, ts, batches, eval_batches=lambda: validation, progress=recorder)
-  try:
-    result = loop.run(ts.init(jax.random.key(job.seed)))
+  count = job.batch_size // job.replicas if job.method == "one" else job.batch_size
+  batches = data.batches(rows, batch_size=job.batch_size, seed=job.seed, row_count=count)
+  start, ends = time.perf_counter(), {"eval_loss": None}
+  result, curve = _study.train(
+    train_step, batches, validation, steps=job.steps, evals=NUM_EVALS, seed=job.seed
+  )
+  if result is not None:
     ends = {"eval_loss": result.eval_loss, "mean_loss": loss_of_mean(result.state, validation)}
-  except NonFiniteLossError as e:
-    print(f"{job}: {e}", flush=True)
   jax.clear_caches()  # the next job compiles its own
   seconds = round(time.perf_counter() - start, 1)
-  return {**dataclasses.asdict(job), **ends, "curve": recorder.points, "seconds": seconds}
+  return {**dataclasses.asdict(job), **ends, "curve": curve, "seconds": seconds}
 
 
 def loss_of_mean(state, validation) -> float:
@@ -221,35 +153,6 @@ def loss_of_mean(state, validation) -> float:
   evaluate = jax.jit(lambda batch: llama.loss(mean, batch, cfg))
   pairs = [(float(loss), float(aux["tokens"])) for loss, aux in map(evaluate, validation)]
   return sum(loss * tokens for loss, tokens in pairs) / sum(tokens for _, tokens in pairs)
-
-
-class Results:
-  """Finished runs on disk, one JSON object per line; each configuration runs once."""
-
-  def __init__(self, path: pathlib.Path, pool: concurrent.futures.Executor):
-    self._path, self._pool, self._done = path, pool, {}
-    self._lock = threading.Lock()
-    if path.exists():
-      for line in path.read_text().splitlines():
-        row = json.loads(line)
-        self._done[Job.of(row)] = row
-
-  def losses(self, jobs: list[Job]) -> list[float]:
-    """Evaluation losses of `jobs`, in order, running what is missing; infinite if diverged."""
-    running = {self._pool.submit(run, job): job for job in jobs if job not in self._done}
-    for future in concurrent.futures.as_completed(running):
-      job, row = running[future], future.result()
-      with self._lock, self._path.open("a") as f:
-        f.write(json.dumps(row) + "\n")
-      self._done[job] = row
-      print(f"{row['eval_loss'] or math.inf:.4f} {row['seconds']:6.1f}s {job}", flush=True)
-    losses = (self._done[job]["eval_loss"] for job in jobs)
-    return [math.inf if loss is None else loss for loss in losses]
-
-  def best(self, jobs: list[Job]) -> Job:
-    """The one of `jobs` with the lowest loss, the first of equals."""
-    losses = self.losses(jobs)
-    return jobs[losses.index(min(losses))]
 
 
 def refine(job: Job) -> list[Job]:
@@ -321,14 +224,11 @@ def main() -> None:
     (name, n) for n in args.replicas for name in args.methods
     if n == 4 or name not in STUDY or name == "diloco"
   ]  # fmt: skip
-  spawn = multiprocessing.get_context("spawn")
   with (
-    concurrent.futures.ProcessPoolExecutor(
-      args.workers, mp_context=spawn, initializer=_set_up_worker
-    ) as pool,
+    _study.worker_pool(args.workers) as pool,
     concurrent.futures.ThreadPoolExecutor(2) as methods,  # so that no worker waits for a phase
   ):
-    results = Results(args.out, pool)
+    results = Results(args.out, pool, Job, run)
     list(methods.map(lambda task: tune_and_run(results, *task), tasks))
 
 
