@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 SPARSE = ("rand_k", "top_k")
 BLOCKS = ("int8", "int4", "fp8", "e3m0")
+# Elements per message within the backward pass. A thread of XLA on CPU that waits for a message
+# holds up what it has queued, so several small ones go on while one large one would not.
+OVERLAP_BUCKET = 2**17
 
 
 def check_compressor(config: "MethodConfig", *, takes: bool) -> None:
@@ -71,7 +74,8 @@ def averaging_loss(
   def mean(tree):
     if config.compressor_name == "none":
       return jaxcomm.pmean_over("replica").update(tree, optax.EmptyState())[0]
-    return tree_compressed_pmean(tree, "replica", build_compressor(config))
+    compressor = build_compressor(config)
+    return tree_compressed_pmean(tree, "replica", compressor, bucket_size=OVERLAP_BUCKET)
 
   shared = ("embed_VD",) if model.tie_embeddings else ()
   partition = mean_in_backward(mean, skip=shared)
