@@ -83,6 +83,29 @@ def test_a_pair_alone_is_diloco_with_heavy_ball(train):
   np.testing.assert_allclose(ours.params["w"], theirs.params["w"], atol=1e-6)
 
 
+def test_the_mean_of_all_is_diloco_with_heavy_ball_whoever_meets_whom(train):
+  """On quadratics of one curvature: so it lacks what Nesterov's momentum gives DiLoCo."""
+  params, targets = make_problem(4)
+  ours = train(noloco(optax.sgd(RATE), sync_period=3), loss_fn, params, targets)
+
+  def outer_diloco(nesterov, momentum=0.5, outer_lr=0.7):
+    outer = optax.sgd(outer_lr, momentum=momentum, nesterov=nesterov)
+    return diloco(optax.sgd(RATE), optax.chain(pmean_over("replica"), outer), sync_period=3)
+
+  theirs = train(outer_diloco(False), loss_fn, params, targets)
+  np.testing.assert_allclose(ours.params["w"].mean(0), theirs.params["w"].mean(0), atol=2e-6)
+
+  # Of the way left after a round, r of which it covers: heavy ball forgets by sqrt(alpha) a round,
+  # Nesterov by sqrt(alpha (1 - beta r)), where the roots of the recursion are complex.
+  still = np.zeros((1, 36, SIZE), np.float32)
+  settings = {"momentum": 0.8, "outer_lr": 0.5}
+  heavy, nesterov = (
+    np.abs(train(outer_diloco(kind, **settings), loss_fn, params, still).params["w"][0, -6:])
+    for kind in (False, True)
+  )
+  assert nesterov.max() < 0.5 * heavy.max()
+
+
 def recursion(alpha, gamma, num_replicas):
   """Maps (X, Y, Z), second moments of slow weights and momenta, over one random exchange.
 
