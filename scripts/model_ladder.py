@@ -93,7 +93,9 @@ def exposed(p: Pass, residual: str, interference: float) -> float:
     slowed = interference * p.all_reduce
     return slowed if p.all_reduce - slowed <= block else p.all_reduce - block
 
-  return LAYERS * (beside(p.attention) + beside(p.feed_forward)) + p.all_reduce
+  # The first attention has nothing to wait for, the last feed-forward's sum nothing beside it.
+  layers = (LAYERS - 1) * beside(p.attention) + LAYERS * beside(p.feed_forward)
+  return layers + p.all_reduce
 
 
 def both_phases(machine: Machine, batch: int, link: str) -> tuple[tuple[Pass, int], ...]:

@@ -33,10 +33,10 @@ def test_limits():
 
 def test_a_block_slowed_by_interference_takes_longer_by_that_share_of_the_all_reduce():
   p = model.Pass(attention=4.0, feed_forward=8.0, all_reduce=2.0, head=0.0)
-  assert model.exposed(p, "ladder", 0.25) == model.LAYERS * 2 * 0.5 + 2.0
+  assert model.exposed(p, "ladder", 0.25) == (2 * model.LAYERS - 1) * 0.5 + 2.0
   assert model.exposed(p, "standard", 0.25) == 2 * model.LAYERS * 2.0
   longer = dataclasses.replace(p, all_reduce=6.0)
-  assert model.exposed(longer, "ladder", 0.0) == model.LAYERS * 2.0 + 6.0
+  assert model.exposed(longer, "ladder", 0.0) == (model.LAYERS - 1) * 2.0 + 6.0
 
 
 def test_one_set_of_constants_is_within_a_tenth_of_the_paper():
