@@ -50,7 +50,10 @@ def test_compressors(train, tiny_flags, tmp_path, compressor):
 def test_ddp_averages_layer_by_layer(train, tiny_flags, tmp_path):
   within, after = (
     summary_of(train, tiny_flags, tmp_path / str(len(flags)), "--method", "ddp", *flags)
-    for flags in (["--compressor", "int8", "--overlap"], ["--compressor", "none"])
+    for flags in (
+      ["--compressor", "int8", "--overlap", "--data-parallel", "2"],
+      ["--compressor", "none"],
+    )
   )
   assert within["final_loss"] == pytest.approx(after["final_loss"], rel=3e-3)
   assert 0 < within["wire_bytes_total"] < 0.5 * after["wire_bytes_total"]  # whole blocks

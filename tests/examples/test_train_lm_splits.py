@@ -1,11 +1,18 @@
 """`--tensor`, `--seq-shards` and their company change where numbers are, not which."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.usefixtures("with_llama")
+METHODS = {
+  "streaming_diloco": ["--fragments", "2"], "noloco": [], "ddp": [], "local_sgd": [],
+  "eager_diloco": [], "slowmo": [], "co2": [], "sgp": [], "ad_psgd": [], "adagossip": [],
+  "dfedsam": [],
+}  # fmt: skip
+CHOSEN = list(METHODS)[: None if os.environ.get("JAXCOMM_EVERY_SPLIT") else 2]
 
 
 def trained(start, out, *argv):
@@ -36,6 +43,17 @@ def test_trains_like_whole_replicas(start, tiny_flags, tmp_path):
   more = ["--resume", "--steps", "6", *whole_again]
   last = [trained(start, tmp_path / name, *argv, *more)[0][-1] for name in ("whole", "cut")]
   np.testing.assert_allclose(*last, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CHOSEN)
+def test_methods_train_like_whole_replicas(start, tiny_flags, tmp_path, method):
+  """Two methods; with JAXCOMM_EVERY_SPLIT=1 all whose messages do not depend on the cut."""
+  argv = [*tiny_flags, "--steps", "5", "--method", method, *METHODS[method]]
+  want = trained(start, tmp_path / "whole", *argv)
+  got = trained(start, tmp_path / "cut", *argv, "--seq-shards", "2", "--tensor", "2")
+  np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-4)
+  np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
