@@ -161,7 +161,7 @@ def _on_one_device(flags: dict[str, Any]) -> TrainConfig:
   fields = {f.name for f in dataclasses.fields(TrainConfig)}
   sizes = ("data_parallel", "fsdp", "stages", "seq_shards", "tensor")
   starts = ("out", "coordinator", "num_processes", "process_id", "profile_steps", "wandb")
-  changes: dict[str, Any] = dict.fromkeys(sizes, 1) | dict.fromkeys(starts)
+  changes: dict[str, Any] = {**dict.fromkeys(sizes, 1), **dict.fromkeys(starts)}
   changes |= {"partition": "none", "levels": [], "microbatches": None, "schedule": None}
   changes |= {"sequence_parallel": False, "resume": False, "tensorboard": False}
   changes |= {"replica_change": None}

@@ -96,7 +96,8 @@ def variant(base: llama.LlamaConfig, name: str, desync_devices: int) -> ladder.L
   """`base` with the residual stream that `name` says."""
   fields: dict[str, Any] = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
   if not name.startswith("desync"):
-    return ladder.LadderConfig(**fields | {"residual": name})
+    fields["residual"] = name
+    return ladder.LadderConfig(**fields)
   every = int(name.removeprefix("desync-").removesuffix("x"))
   return ladder.LadderConfig(
     **fields,
