@@ -6,8 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxcomm import _axes, collectives, compressed_mean, e3m0, int4, int8, pmean_over
+from jaxcomm import _axes, collectives, compressed_mean, e3m0, int4, int8, pmean_over, transforms
 from jaxcomm.collectives import quantized_pmean
 
 P = jax.sharding.PartitionSpec
@@ -41,6 +42,31 @@ def _transform(tx) -> Program:
     return jnp.concatenate([first, second])
 
   return program
+
+
+def _training(tx) -> Program:
+  """Four steps from the local row, whose gradient is itself."""
+
+  def program(x):
+    params, state = x, tx.init(x)
+    for _ in range(4):
+      updates, state = tx.update(params, state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  return program
+
+
+def _gossip() -> dict[str, Program]:
+  """Two replicas have one partner; what differs is how its message is used."""
+  ring, inner = collectives.ring(), optax.sgd(0.1)
+  return {
+    "gossip_mix": lambda x: collectives.gossip_mix(x, "replica", ring, steps=3),
+    "noloco": _training(transforms.noloco(inner, sync_period=2)),
+    "sgp": _training(transforms.sgp(inner)),
+    "sgp_overlap": _training(transforms.sgp(inner, overlap=True)),
+    "dfedsam": _training(transforms.dfedsam(inner, ring, sync_period=2)),
+  }
 
 
 def _next_in_ring(x):
@@ -95,6 +121,7 @@ PROGRAMS: dict[str, Program] = {
   "quantized_pmean_gradient": jax.grad(
     lambda x: (quantized_pmean(x, "replica", bits=8) ** 2).sum()
   ),
+  **_gossip(),
   **_quantized(),
   **_compressed(),
 }
