@@ -9,6 +9,7 @@ import optax
 from jaxcomm import _axes
 from jaxcomm.transforms._checks import check_transform
 from jaxcomm.transforms._local_updates import local_updates
+from jaxcomm.transforms.healthy_mean import all_finite
 from jaxcomm.transforms.pmean_over import pmean_over
 
 
@@ -63,7 +64,8 @@ def eager_diloco(
     sync_period: inner steps per round (H).
     axis_name: axis of the replicas.
     mean: how to average, e.g. `compressed_mean("replica", int4())`; default `pmean_over`. What
-      compression changes counts as the others' part.
+      compression changes counts as the others' part. A replica that the mean leaves out for a NaN
+      (`healthy_mean`) takes only the others' part as well.
 
   Raises:
     ValueError: as `local_sgd`.
@@ -105,8 +107,9 @@ def _eager_mean(
     return EagerMeanState(others, mean.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
-    own = jax.tree.map(lambda g: g / _axes.axis_size(axis_name), updates)
     new, mean_state = mean.update(updates, state.mean_state, params, **extra_args)
+    left_out = ~all_finite(updates) & all_finite(new)  # then it has no part of its own
+    own = jax.tree.map(lambda g: jnp.where(left_out, 0, g) / _axes.axis_size(axis_name), updates)
     others = jax.tree.map(jnp.subtract, new, own)
     return jax.tree.map(jnp.add, own, state.others), EagerMeanState(others, mean_state)
 

@@ -97,7 +97,7 @@ def healthy_mean(
     mask = state.alive if alive is None else jnp.asarray(alive)
     size = _axes.axis_size(axis_name)
     check_floating("updates", updates)
-    healthy = _all_finite(updates) if skip_nonfinite else jnp.ones((), jnp.bool_)
+    healthy = all_finite(updates) if skip_nonfinite else jnp.ones((), jnp.bool_)
     if mask is not None:
       _check_size(mask, size, axis_name)
       healthy &= mask[jax.lax.axis_index(axis_name)]
@@ -122,7 +122,8 @@ def left_out(opt_state: Any) -> dict[str, jax.Array]:
   return {"total_left_out": functools.reduce(jnp.add, [x.total_left_out for x in states])}
 
 
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
+  """bool[]: whether no entry of any leaf is NaN or infinite."""
   finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
   return functools.reduce(jnp.logical_and, finite, jnp.ones((), jnp.bool_))
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxcomm
-from jaxcomm import compressed_mean, diloco, eager_diloco, int8
+from jaxcomm import compressed_mean, diloco, eager_diloco, int8, pmean_over
 from jaxcomm.inspect import collective_bytes
 from jaxcomm.training import make_train_step
 
@@ -48,6 +48,32 @@ def paper_eager(theta, targets, *, rate, lr, momentum):
       own.append(delta)
     history.append(theta.copy())
   return np.stack(history, 1), np.stack(eager, 1), np.stack(own, 1)
+
+
+@pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
+def test_a_replica_that_broke_takes_the_others_part_and_is_back(train, context):
+  """Replica 1 meets an infinity in round 2, which is then worth nothing to anybody."""
+  params, targets = make_problem()
+  targets[1, PERIOD, 0] = np.inf
+  mean = pmean_over("replica", skip_nonfinite=True)
+  tx = eager_diloco(optax.sgd(0.3), optax.sgd(0.7), sync_period=PERIOD, mean=mean)
+  got = train(tx, loss_fn, params, targets, context=context)
+
+  outer = np.tile(np.asarray(params["w"], np.float64), (REPLICAS, 1))
+  late = np.zeros_like(outer)
+  for round_ in range(STEPS // PERIOD):
+    theta = outer.copy()
+    with np.errstate(invalid="ignore"):
+      for t in range(round_ * PERIOD, (round_ + 1) * PERIOD):
+        theta -= 0.3 * CURVATURE * (theta - targets[:, t])
+    delta = outer - theta
+    healthy = np.isfinite(delta).all(-1, keepdims=True)
+    assert healthy.sum() == (3 if round_ == 1 else 4)
+    own = np.where(healthy, delta, 0) / REPLICAS
+    outer = outer - 0.7 * (own + late)
+    late = delta[healthy[:, 0]].mean(0) - own
+    np.testing.assert_allclose(got.params["w"][:, (round_ + 1) * PERIOD - 1], outer, atol=2e-5)
+  assert optax.tree.get(got.state.opt_state, "total_left_out").max() == 1
 
 
 @pytest.mark.parametrize("context", [pytest.param("vmap", marks=pytest.mark.slow), "shard_map"])
