@@ -50,7 +50,8 @@ def healthy_mean(
 
   After a round that ended in NaN a replica goes on from the outer parameters if they reach it by
   `jaxcomm.apply_updates` (`optax.apply_updates` adds to the NaN). Its inner optimizer state is its
-  own: put `optax.apply_if_finite` inside `inner`, or it stays at NaN and is left out for good.
+  own: put `optax.apply_if_finite` inside `inner`, or it stays at NaN and is left out for good. So
+  does a replica of `streaming_diloco`, which adds to its parameters and never sets them.
 
   Wire: 4 bytes more than `mean` (an all-reduce of the number of healthy replicas).
 
