@@ -30,6 +30,8 @@ class CollectiveOverlap:
     available: computation elsewhere in the same computation that neither needs its result nor
       is needed for its operands, and that no other collective already has beside it.
     shared: the same, but already between start and end of another.
+    waits_for: name of the last computation that its operands come from; empty if there is none.
+    needed_by: name of the first computation that takes its result, so too.
   """
 
   name: str
@@ -44,6 +46,8 @@ class CollectiveOverlap:
   hidden: tuple[Work, ...]
   available: tuple[Work, ...]
   shared: tuple[Work, ...]
+  waits_for: str
+  needed_by: str
 
   @property
   def num_matmuls(self) -> int:
@@ -138,7 +142,8 @@ def _row(collective: CollectiveOverlap) -> tuple[str, ...]:
   names = ", ".join(work.name for work in beside[:_SHOWN])
   more = f" and {len(beside) - _SHOWN} more" if len(beside) > _SHOWN else ""
   flops, moved = sum(w.flops for w in beside), sum(w.bytes for w in beside)
-  cost = f" ({flops / 1e9:,.1f} GFLOP, {moved / 2**20:,.1f} MiB)" if beside else "-"
+  cost = f" ({flops / 1e9:,.1f} GFLOP, {moved / 2**20:,.1f} MiB)" if beside else ""
+  bound = f"after {collective.waits_for or '-'}, before {collective.needed_by or '-'}"
   return (
     collective.name,
     collective.kind,
@@ -146,5 +151,5 @@ def _row(collective: CollectiveOverlap) -> tuple[str, ...]:
     str(collective.times),
     f"{collective.bytes:,.0f}",
     collective.reason + ("" if collective.asynchronous else " (synchronous)"),
-    f"{names}{more}{cost}",
+    f"{names}{more}{cost}" if beside else bound,
   )

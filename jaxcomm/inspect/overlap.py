@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -80,12 +80,15 @@ class _Place:
     """What runs, or could run, beside one of them."""
     schedule = self.schedule
     bound = schedule.before[found.start] | schedule.after[found.end] | schedule.after[found.start]
+    needs, users = schedule.before[found.start], schedule.after[found.end]
     others = [i for i in self._matters if not bound >> i & 1 and not found.start < i < found.end]
     return CollectiveOverlap(
       asynchronous=found.end > found.start,
       hidden=self._take(i for i in self._matters if found.start < i < found.end),
       available=self._take(i for i in others if i not in self._beside),
       shared=self._take(i for i in others if i in self._beside),
+      waits_for=self._name(i for i in reversed(self._matters) if needs >> i & 1),
+      needed_by=self._name(i for i in self._matters if users >> i & 1),
       **found.fields,
     )
 
@@ -104,6 +107,10 @@ class _Place:
 
   def _take(self, positions: Iterable[int]) -> tuple[Work, ...]:
     return tuple(self.works[i] for i in positions)
+
+  def _name(self, positions: Iterator[int]) -> str:
+    """Of the first of them."""
+    return next((self.works[i].name for i in positions), "")
 
 
 class _Reader(Meter):

@@ -91,6 +91,17 @@ def test_reasons():
   assert reasons(*hidden, *again, root("b", "e")) == ["overlapped", "shared"]
 
 
+def test_what_a_collective_waits_for_and_what_waits_for_it():
+  lines = (dot("a", "p", "p"), dot("o", "p", "p"), start("s", "a"), done("d", "s"))
+  lines += (dot("b", "d", "d"), dot("c", "b", "b"), root("c", "o"))
+  (found,) = read(*lines)
+  assert (found.waits_for, found.needed_by) == ("a", "b")
+  report = inspect.overlap_report(square_program(*lines[:1], *lines[2:-1], root("c", "c")))
+  assert "dependency  after a, before b" in str(report)
+  (found,) = read(start("s", "p"), done("d", "s"), root("d", "d"))
+  assert found.waits_for == ""
+
+
 def test_a_pair_marked_as_synchronous_hides_nothing():
   lines = (start("s", "p", is_sync=True), dot("b", "p", "p"), done("d", "s"), root("b", "d"))
   (found,) = read(*lines)
