@@ -67,14 +67,16 @@ def layer(kind: Residual, stream: Stream, weights: Weights, attention: Attention
     y_BSD, kept = attention(weights, normed)
     return (x_BSD, y_BSD + feed_forward_rows(weights, normed, cfg)), kept
   y_BSD, kept = attention(weights, norm(before if kind == "ladder" else x_BSD, "attn_norm_D"))
-  after = x_BSD + summed(y_BSD, weights)
-  normed = norm(x_BSD if kind == "ladder" else after, "mlp_norm_D")
-  after, late = shard_batch(after), feed_forward_rows(weights, normed, cfg)
-  if kind == "ladder" and not cfg.scan_layers:
-    # Else XLA:GPU makes one kernel of the norms of `x` and `after`, and this feed-forward waits for
-    # attention's sum.
-    after, late = jax.lax.optimization_barrier((after, late))
-  return (after, late), kept
+  y_BSD = summed(y_BSD, weights)
+  if kind != "ladder":
+    after = x_BSD + y_BSD
+    late = feed_forward_rows(weights, norm(after, "mlp_norm_D"), cfg)
+    return (shard_batch(after), late), kept
+  late = feed_forward_rows(weights, norm(x_BSD, "mlp_norm_D"), cfg)
+  if not cfg.scan_layers:
+    # Else XLA makes one kernel of the norms of `x` and `x + y`, and the feed-forward waits for `y`.
+    x_BSD, late = jax.lax.optimization_barrier((x_BSD, late))
+  return (shard_batch(x_BSD + y_BSD), late), kept
 
 
 def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: LadderConfig, xs=None):
