@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcomm.training import PLOT_STYLE, format_bytes, read_metrics
+from jaxcomm.training import PLOT_STYLE, bytes_over_replica, format_bytes, read_metrics
 
 MODEL = "modelled seconds: steps x step time here\n+ bytes / link speed (no latency, no overlap)"
 _STYLE: dict[Any, Any] = {**PLOT_STYLE, "font.size": 12}
@@ -43,7 +43,8 @@ class Run:
 def read_run(path: pathlib.Path, tokens_per_step: int) -> Run:
   """The run in folder `path`, one of `train_lm.py` that has finished and was evaluated."""
   summary, rows = json.loads((path / "summary.json").read_text()), read_metrics(path)
-  inside = sum(b for axis, b in summary["wire_bytes_per_step"].items() if axis != "replica")
+  per_step = summary["wire_bytes_per_step"]
+  inside = sum(per_step.values()) - bytes_over_replica(per_step)
   evals = [row for row in rows if "eval_loss" in row]
   steps = np.array([row["step"] for row in evals])
   totals = np.array([row.get("wire_bytes_total", 0.0) for row in evals])

@@ -18,7 +18,7 @@ from jaxcomm.training._report import PLOT_STYLE, plot_report
 from jaxcomm.training._run import Task, run
 from jaxcomm.training._run_folder import RunFolder, RunFolderError, load_config, read_metrics
 from jaxcomm.training._step import TrainStep, make_train_step
-from jaxcomm.training._wire import StepWire, step_wire
+from jaxcomm.training._wire import StepWire, bytes_over_replica, step_wire
 
 __all__ = [
   "PLOT_STYLE",
@@ -41,6 +41,7 @@ __all__ = [
   "TrainStep",
   "average_replicas",
   "broadcast_replica",
+  "bytes_over_replica",
   "format_bytes",
   "launch",
   "load_config",

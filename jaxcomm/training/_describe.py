@@ -9,7 +9,7 @@ import jax
 
 from jaxcomm.training._compiler_options import overlap_options
 from jaxcomm.training._progress import format_bytes
-from jaxcomm.training._wire import StepWire
+from jaxcomm.training._wire import StepWire, bytes_over_replica
 
 if TYPE_CHECKING:
   from jaxcomm.training._run import Task
@@ -67,7 +67,7 @@ def describe_wire(task: Task, wire: StepWire, step_seconds: float, how: str) -> 
   lines = [f"bytes sent per device and step ({kind}mean over a round):"]
   per_step = wire.per_step(task.exchange_shares)
   lines += [f"  {axis:<10} {format_bytes(sent)}" for axis, sent in per_step.items()]
-  sent = per_step.get("replica", 0.0)
+  sent = bytes_over_replica(per_step)
   ratio = f", {wire.dense / sent:,.1f} times as much" if sent else ""
   lines.append(f"  data parallel over replica would send {format_bytes(wire.dense)}{ratio}")
   speed = wire.break_even(task.exchange_shares, step_seconds)

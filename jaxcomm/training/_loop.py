@@ -19,7 +19,7 @@ from jaxcomm.training._run_folder import RunFolder
 from jaxcomm.training._signals import TerminationSignal
 from jaxcomm.training._step import TrainStep
 from jaxcomm.training._trackers import Tracker
-from jaxcomm.training._wire import StepWire
+from jaxcomm.training._wire import StepWire, bytes_over_replica
 
 
 class NonFiniteLossError(RuntimeError):
@@ -261,7 +261,7 @@ class Loop:
     if jax.process_count() > 1:  # a dense mean, behind the back of the wire meter
       return {}
     levels = () if self._wire is None else self._wire.levels
-    if not any(level.get("replica") for level in levels) or self._ts.disagreement is None:
+    if not any(bytes_over_replica(level) for level in levels) or self._ts.disagreement is None:
       return {}
     return means({"disagreement": self._ts.disagreement(state)})
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxcomm.training._progress import format_bytes, on_terminal
+from jaxcomm.training._wire import bytes_over_replica
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
@@ -87,7 +88,7 @@ def _sent(summary) -> str:
   sent = summary["wire_bytes_total"]
   steps, per_step = summary["steps"], summary["wire_bytes_per_step"]
   dense = summary["dense_wire_bytes_per_step"] * steps
-  inner = sum(b for axis, b in per_step.items() if axis != "replica")
+  inner = sum(per_step.values()) - bytes_over_replica(per_step)
   over = sent - inner * steps
   logical = " (logical: the replicas share devices)" if summary["wire_bytes_logical"] else ""
   text = f"{format_bytes(sent)}{logical}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,8 +53,19 @@ class StepWire:
     method none, `t + sent / v`: they are equal at `v = (dense - sent) / t`. Zero or less means
     that the method never wins.
     """
-    sent = self.per_step(shares).get("replica", 0.0)
+    sent = bytes_over_replica(self.per_step(shares))
     return (self.dense - sent) / step_seconds
+
+
+def bytes_over_replica(by_axis: Mapping[str, float]) -> float:
+  """Of bytes by mesh axis, those between replicas: over `replica` alone or with other axes.
+
+  Example:
+    >>> from jaxcomm.training import bytes_over_replica
+    >>> bytes_over_replica({"replica": 4.0, "replica,stage": 2.0, "tensor": 1.0})
+    6.0
+  """
+  return sum(sent for axes, sent in by_axis.items() if "replica" in axes.split(","))
 
 
 def step_wire(train_step: TrainStep, compiled: jax.stages.Compiled) -> StepWire:
