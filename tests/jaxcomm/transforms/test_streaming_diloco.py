@@ -183,6 +183,24 @@ def test_one_fragment_without_delay_or_mixing_is_diloco():
   assert (np.asarray(ours[0]["a"])[0, 3] != np.asarray(ours[0]["a"])[1, 3]).any()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.75])
+def test_replicas_that_keep_a_share_alpha_drift_further_apart_by_1_over_1_minus_alpha(train, alpha):
+  """Replicas that always move apart: their distance grows until a merge takes what a round adds."""
+  period, rounds = 2, 24
+  pull = np.asarray([[-1.0], [0.0], [3.0]], np.float32)
+  slopes = np.repeat(pull[:, None], period * rounds, axis=1)
+  outer = outer_sgd(0.7, momentum=0.9)
+  tx = streaming_diloco(
+    optax.sgd(0.1), outer, sync_period=period, fragments=1, delay=0, alpha=alpha
+  )
+  got = train(tx, lambda p, slope: jnp.sum(p * slope), jnp.zeros(1), slopes)
+  apart = np.asarray(got.params - got.params.mean(0))[:, :, 0]
+  drift = -0.1 * period * (pull - pull.mean())[:, 0]  # of one round
+  np.testing.assert_allclose(apart[:, -1], alpha / (1 - alpha) * drift, atol=1e-2)
+  before = apart[:, -2] + drift / period  # where the step of the merge would have led
+  np.testing.assert_allclose(before, drift / (1 - alpha), atol=1e-2)
+
+
 @pytest.fixture(scope="module")
 def compiled():
   """A step of four replicas with fragments of 40, 24 and 24 elements, and its layout."""
