@@ -31,7 +31,10 @@ def load(path: pathlib.Path) -> Groups:
 
 
 def find(groups: Groups, name: str, like: Job) -> Job | None:
-  """The run of method `name` with as many replicas, steps and rows as `like`, if there is one."""
+  """The run of method `name` with as many replicas, steps and rows as `like`, if there is one.
+
+  Of several with other rates the last: it was tried again.
+  """
 
   def kind(job: Job):
     return job.method, job.sync_period, job.compressor, job.delay, job.alpha
@@ -39,7 +42,7 @@ def find(groups: Groups, name: str, like: Job) -> Job | None:
   def size(job: Job):
     return job.replicas, job.steps, job.batch_size
 
-  for job in groups:
+  for job in reversed(groups):
     if (kind(job), size(job)) == (kind(METHODS[name]), size(like)):
       return job
   return None
