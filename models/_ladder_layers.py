@@ -57,26 +57,38 @@ def layer(kind: Residual, stream: Stream, weights: Weights, attention: Attention
   feed-forward the stream without the attention.
   """
   before, late = stream
-  x_BSD = before if late is None else before + summed(late, weights)
 
   def norm(x, name):
     return _llama_layers.rms_norm(x, weights[name], cfg)
 
+  def with_late(x_BSD):
+    return x_BSD if late is None else x_BSD + summed(late, weights)
+
+  if kind == "ladder":
+    y_BSD, kept = attention(weights, norm(before, "attn_norm_D"))
+    if cfg.scan_layers:  # unrolled the other one does it, and XLA:TPU then hides one more
+      before, y_BSD = _in_turn(before, y_BSD)
+    x_BSD = with_late(before)
+    new = feed_forward_rows(weights, norm(x_BSD, "mlp_norm_D"), cfg)
+    x_BSD, new = _in_turn(x_BSD, new)
+    return (shard_batch(x_BSD + summed(y_BSD, weights)), new), kept
+  x_BSD = with_late(before)
+  normed = norm(x_BSD, "attn_norm_D")
+  y_BSD, kept = attention(weights, normed)
   if kind == "parallel":
-    normed = norm(x_BSD, "attn_norm_D")
-    y_BSD, kept = attention(weights, normed)
     return (x_BSD, y_BSD + feed_forward_rows(weights, normed, cfg)), kept
-  y_BSD, kept = attention(weights, norm(before if kind == "ladder" else x_BSD, "attn_norm_D"))
-  y_BSD = summed(y_BSD, weights)
-  if kind != "ladder":
-    after = x_BSD + y_BSD
-    late = feed_forward_rows(weights, norm(after, "mlp_norm_D"), cfg)
-    return (shard_batch(after), late), kept
-  late = feed_forward_rows(weights, norm(x_BSD, "mlp_norm_D"), cfg)
-  if not cfg.scan_layers:
-    # Else XLA makes one kernel of the norms of `x` and `x + y`, and the feed-forward waits for `y`.
-    x_BSD, late = jax.lax.optimization_barrier((x_BSD, late))
-  return (shard_batch(x_BSD + y_BSD), late), kept
+  after = x_BSD + summed(y_BSD, weights)
+  new = feed_forward_rows(weights, norm(after, "mlp_norm_D"), cfg)
+  return (shard_batch(after), new), kept
+
+
+def _in_turn(x_BSD, y_BSD):
+  """Both, with the sums that will be added to `x` made to come after `y`.
+
+  Else XLA makes one kernel of the norms of `x` and of `x` with the sum, and the block that made `y`
+  waits for it.
+  """
+  return jax.lax.optimization_barrier((x_BSD, y_BSD))
 
 
 def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: LadderConfig, xs=None):
@@ -91,7 +103,8 @@ def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: Ladde
   """
   stream: Stream = (x_BSD, None)
   if cfg.scan_layers:  # the carry of a scan has one type
-    stream = (x_BSD, _axes.vary_like(jnp.zeros_like(x_BSD), (x_BSD, layers)))
+    late = _axes.vary_like(jnp.zeros_like(x_BSD), (x_BSD, layers))
+    stream = (_axes.vary_like(x_BSD, late) if "ladder" in cfg.kinds else x_BSD, late)
   start, kept = 0, []
   for kind, group in itertools.groupby(cfg.kinds):
     stop = start + len(list(group))
