@@ -83,12 +83,22 @@ def layer(kind: Residual, stream: Stream, weights: Weights, attention: Attention
 
 
 def _in_turn(x_BSD, y_BSD):
-  """Both, with the sums that will be added to `x` made to come after `y`.
+  """Both, with the sums that will be added to `x` made to come after `y`; not in the backward pass.
 
   Else XLA makes one kernel of the norms of `x` and of `x` with the sum, and the block that made `y`
   waits for it.
   """
+  return _barrier(_axes.vary_like(x_BSD, y_BSD), y_BSD)
+
+
+@jax.custom_jvp
+def _barrier(x_BSD, y_BSD):
   return jax.lax.optimization_barrier((x_BSD, y_BSD))
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals, tangents):
+  return _barrier(*primals), tangents
 
 
 def run_layers(layers: Weights, x_BSD, attention: Callable[..., Any], cfg: LadderConfig, xs=None):
