@@ -8,8 +8,7 @@ Layers of the preset's shape, bfloat16, abstract parameters, weights cut over ei
 a target with more of them has several such groups, each with its own rows of the batch.
 Prints for each program its all-reduces in order (the first is that of the embedding): how many
 matrix products run between start and end, or why none does; "overlapped" means smaller kernels
-only. Seen on gpu:h100:1x8, forward: unrolled, every all-reduce of the ladder but the last has 2 or
-3; scanned, both in the loop's body have; of the standard model none has any.
+only. What was seen is in docs/methods/ladder.md.
 """
 
 import argparse

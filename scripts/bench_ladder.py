@@ -13,10 +13,10 @@ is gone afterwards, `beyond control` the loss that is left above that of the con
     python scripts/bench_ladder.py --out docs/evidence/ladder.jsonl      # resumes where it stopped
     python scripts/bench_ladder.py --out docs/evidence/ladder.jsonl --report docs/evidence
 
-About 55 minutes of one core, so half an hour on two (21 runs of 1,000 steps at 1.5 to 3 minutes, 13
-of 50 steps): an estimate from the 70 seconds of a run of `bench_quality.py`. `--report` prints the
-tables, says which expectations hold, and draws ladder.png. Standard models are kept in
-.cache/bench_ladder for their conversion, and are trained again where they are missing.
+About an hour of one core, so half an hour on two (21 runs of 1,000 steps at 2 to 3 minutes, 13 of
+50 steps at half a minute). `--report` prints the tables, says which expectations hold, and draws
+ladder.png. Standard models are kept in .cache/bench_ladder for their conversion, and are trained
+again where they are missing.
 """
 
 import argparse
