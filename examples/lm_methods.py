@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import optax
+from lm_clock import CLOCKED, ClockConfig, build_clocked, check_clock, clock_shares
 from lm_gossip import GOSSIP, GOSSIP_ROUNDS, GossipConfig, build_gossip, check_gossip
 from lm_means import build_compressor, build_mean, check_compressor, check_overlap
 
@@ -16,20 +17,21 @@ MEAN_ROUNDS = ("co2", "diloco", "eager_diloco", "local_sgd", "slowmo")
 ROUNDS = (*MEAN_ROUNDS, *GOSSIP_ROUNDS)
 Method = Literal[
   "ddp", "diloco", "streaming_diloco", "eager_diloco", "local_sgd", "slowmo", "co2",
-  "none", "noloco", "sgp", "ad_psgd", "adagossip", "dfedsam",
+  "async_outer", "decoupled_diloco", "none", "noloco", "sgp", "ad_psgd", "adagossip", "dfedsam",
   "powersgd", "demo", "ef21", "one_bit_adam", "zero_one_adam", "sign_majority",
 ]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodConfig(GossipConfig):
+class MethodConfig(GossipConfig, ClockConfig):
   """Flags that choose what crosses the slow link, and when."""
 
   method: Method = "diloco"
   """ddp: mean gradient every step; diloco, eager_diloco, local_sgd, slowmo, co2: a mean every
-  --sync-period; streaming_diloco: one of --fragments at a time; none: never; noloco, dfedsam: an
-  average with neighbours every --sync-period; sgp, ad_psgd, adagossip: every step; the others
-  compress what ddp sends"""
+  --sync-period; streaming_diloco: one of --fragments at a time; decoupled_diloco and async_outer:
+  replicas of unlike speed that do not wait for each other, on a simulated clock; none: never;
+  noloco, dfedsam: an average with neighbours every --sync-period; sgp, ad_psgd, adagossip: every
+  step; the others compress what ddp sends"""
   compressor: Literal[
     "auto", "none", "int8", "int4", "fp8", "e3m0", "natural", "qsgd", "sign", "top_k", "rand_k"
   ] = "auto"
@@ -95,9 +97,11 @@ class MethodConfig(GossipConfig):
     if not 0 < self.keep_ratio <= 1:
       raise ValueError(f"`keep_ratio` must be in (0, 1], got {self.keep_ratio}.")
     check_overlap(self)
-    check_compressor(self, takes=self.method in ("ddp", "ef21", "streaming_diloco", *MEAN_ROUNDS))
+    takes = ("ddp", "ef21", "streaming_diloco", *MEAN_ROUNDS, *CLOCKED)
+    check_compressor(self, takes=self.method in takes)
     check_gossip(self)
-    if self.method == "streaming_diloco":
+    check_clock(self)
+    if self.method in ("streaming_diloco", "decoupled_diloco"):
       self._check_fragments()
 
   def _check_fragments(self):
@@ -106,6 +110,8 @@ class MethodConfig(GossipConfig):
         f"`sync_period` must be a multiple of `fragments`, {self.fragments}, got"
         f" {self.sync_period}."
       )
+    if self.method == "decoupled_diloco":  # merges at once, and wholly
+      return
     if not 0 <= self.delay < self.sync_period // self.fragments:
       raise ValueError(
         f"`delay` must be in [0, {self.sync_period // self.fragments}), below sync_period /"
@@ -142,6 +148,8 @@ class MethodConfig(GossipConfig):
     if self.method == "streaming_diloco":  # level i sends fragment i
       share = 1 / self.sync_period
       return (1 - self.fragments * share, *[share] * self.fragments)
+    if self.method in CLOCKED:
+      return clock_shares(self)
     exact = self.num_exact_steps
     if self.method in ("powersgd", "one_bit_adam"):
       return 1 - min(exact, self.steps) / self.steps, min(exact, self.steps) / self.steps
@@ -182,6 +190,8 @@ def build_transform(
   adam: dict[str, Any] = {"b2": 0.999, "weight_decay": decay, "specs": specs}
   if config.method in GOSSIP:
     return build_gossip(config, inner)
+  if config.method in CLOCKED:
+    return build_clocked(config, inner, build_mean(config, specs), nesterov, stacked)
   match config.method:
     case "none":
       return inner

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from lm_clock import CLOCKED
 from lm_data import evaluation_rows
 from lm_gossip import num_gradients, training_loss
 from lm_means import averaging_loss
@@ -268,7 +269,7 @@ def build_task(
 ) -> Task:
   """What `run` trains; to `title` it adds the method."""
   batches, evaluation = build_data(config, corpora, train_step)
-  has_rounds = config.method in (*ROUNDS, "streaming_diloco")
+  has_rounds = config.method in (*ROUNDS, *CLOCKED, "streaming_diloco")
   rows = (config.batch_size, config.seq_len)
   dtypes = {k: jnp.int32 for k in ("tokens", "targets", "segment_ids", "positions")}
   dtypes["loss_mask"] = jnp.float32

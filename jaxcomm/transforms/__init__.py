@@ -2,8 +2,10 @@
 
 from jaxcomm.transforms._clock import (
   Arrival,
+  ArrivalSchedule,
   QuorumSchedule,
   simulate_arrivals,
+  simulate_async,
   simulate_quorum,
 )
 from jaxcomm.transforms._fragments import FragmentsState, fragment_labels
@@ -18,6 +20,7 @@ from jaxcomm.transforms._masha import MashaState, draw_refresh, masha_bytes
 from jaxcomm.transforms._slow_momentum import SlowMomentumState
 from jaxcomm.transforms.ad_psgd import ADPSGDState, ad_psgd
 from jaxcomm.transforms.adagossip import AdaGossipState, adagossip
+from jaxcomm.transforms.async_local_sgd import AsyncLocalSgdState, async_local_sgd
 from jaxcomm.transforms.async_outer import (
   DelayedNesterovState,
   async_outer,
@@ -72,6 +75,8 @@ __all__ = [
   "ADPSGDState",
   "AdaGossipState",
   "Arrival",
+  "ArrivalSchedule",
+  "AsyncLocalSgdState",
   "CompressedMeanState",
   "DelayedNesterovState",
   "DelayedState",
@@ -99,6 +104,7 @@ __all__ = [
   "ad_psgd",
   "adagossip",
   "apply_updates",
+  "async_local_sgd",
   "async_outer",
   "check_monotone",
   "co2",
@@ -142,6 +148,7 @@ __all__ = [
   "sign_majority",
   "sign_majority_bytes",
   "simulate_arrivals",
+  "simulate_async",
   "simulate_quorum",
   "slowmo",
   "staleness_gap",

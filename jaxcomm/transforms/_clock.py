@@ -80,6 +80,74 @@ def simulate_arrivals(
 
 
 @dataclasses.dataclass(frozen=True)
+class ArrivalSchedule:
+  """What workers of different speeds do in T ticks of a clock. Made by `simulate_async`.
+
+  Attributes:
+    works: bool[T, N]; whether worker i ends an inner step in tick t.
+    arrival: int32[T]; the worker whose pseudo-gradient the server takes after tick t, from 1; 0 for
+      none.
+    age: int32[T]; arrivals that the server took since that worker fetched the outer parameters.
+    tick_seconds: length of a tick.
+  """
+
+  works: np.ndarray
+  arrival: np.ndarray
+  age: np.ndarray
+  tick_seconds: float
+
+
+def simulate_async(
+  step_seconds: Sequence[float], *, num_ticks: int, sync_period: int
+) -> ArrivalSchedule:
+  """When the pseudo-gradients of workers of different speeds reach a server, in ticks.
+
+  As `simulate_arrivals` without a grace period, but the server takes one arrival per tick, of the
+  worker that waits longest, the lower one if two do; who waits takes no steps.
+
+  Args:
+    step_seconds: of each worker.
+    num_ticks: T; a tick is the shortest of `step_seconds`.
+    sync_period: steps per pseudo-gradient.
+
+  Raises:
+    ValueError: a speed or a count is not positive.
+
+  Example:
+    >>> from jaxcomm.transforms import simulate_async
+    >>> clock = simulate_async([1, 1, 2], num_ticks=6, sync_period=2)
+    >>> clock.arrival.tolist(), clock.age.tolist()
+    ([0, 1, 2, 1, 3, 2], [0, 0, 1, 1, 3, 2])
+    >>> clock.works[2].tolist()  # the second one waits until the server takes it
+    [True, False, False]
+  """
+  _check_seconds(step_seconds, 0.0)
+  check_count("num_ticks", num_ticks, at_least=1)
+  check_count("sync_period", sync_period, at_least=1)
+  seconds, tick = np.asarray(step_seconds, np.float64), float(min(step_seconds))
+  num_workers = len(seconds)
+  busy, done = np.zeros(num_workers), np.zeros(num_workers, int)  # seconds, steps of this round
+  waited, version = np.zeros(num_workers, int), np.zeros(num_workers, int)
+  works = np.zeros((num_ticks, num_workers), bool)
+  arrival, age = np.zeros(num_ticks, np.int32), np.zeros(num_ticks, np.int32)
+  arrivals = 0
+  for t in range(num_ticks):
+    active = done < sync_period
+    busy[active] += tick
+    works[t] = active & (busy * (1 + 1e-9) >= (done + 1) * seconds)
+    done += works[t]
+    waiting = done >= sync_period
+    if not waiting.any():
+      continue
+    waited += waiting
+    worker = int(np.argmax(waited))
+    arrival[t], age[t] = worker + 1, arrivals - version[worker]
+    arrivals += 1
+    busy[worker], done[worker], waited[worker], version[worker] = 0, 0, 0, arrivals
+  return ArrivalSchedule(works, arrival, age, tick)
+
+
+@dataclasses.dataclass(frozen=True)
 class QuorumSchedule:
   """What learners of different speeds do in T ticks of a clock. Made by `simulate_quorum`.
 

@@ -16,7 +16,11 @@ METHODS = {
   "eager_diloco": ["--sync-period", "2"],
   "slowmo": ["--sync-period", "2"],
   "co2": ["--sync-period", "2"],
-}
+  "async_outer": ["--sync-period", "2", "--step-seconds", "1", "2"],
+  "decoupled_diloco": [
+    "--sync-period", "2", "--fragments", "2", "--step-seconds", "1", "2", "--quorum", "1",
+  ],
+}  # fmt: skip
 COMPRESSORS = {"int8": ["--rounding", "stochastic"], "top_k": ["--error-feedback"]}
 
 
@@ -65,6 +69,21 @@ def test_ddp_averages_layer_by_layer(train, tiny_flags, tmp_path):
   [
     (["--method", "demo", "--compressor", "int8"], "`compressor` has no effect with method 'demo'"),
     (["--method", "ef21", "--compressor", "none"], "`compressor` must not be 'none'"),
+    (["--quorum", "2"], "`quorum` has no effect with method 'diloco', got 2"),
+    (["--step-seconds", "1"], "`step_seconds` has no effect with method 'diloco'"),
+    (
+      ["--method", "async_outer", "--step-seconds", "1"],
+      "`step_seconds` must be given for each of 2 `replicas`",
+    ),
+    (
+      ["--method", "async_outer", "--step-seconds", "1", "0"],
+      "`step_seconds` must be positive and finite",
+    ),
+    (["--method", "decoupled_diloco", "--quorum", "3"], "`quorum` must be in [1, 2]"),
+    (
+      ["--method", "decoupled_diloco", "--grace-seconds", "-1"],
+      "`grace_seconds` must be finite and at least 0",
+    ),
     (["--overlap"], "`overlap` has no effect with method 'diloco'"),
     (["--method", "ddp", "--overlap", "--fsdp", "2"], "`fsdp` must be 1 with `overlap`, got 2"),
     (

@@ -35,6 +35,12 @@ from jaxcomm import (
 )
 from jaxcomm.collectives import ring
 from jaxcomm.training import make_train_step
+from jaxcomm.transforms import (
+  async_local_sgd,
+  decoupled_diloco,
+  simulate_async,
+  simulate_quorum,
+)
 
 AxisType = jax.sharding.AxisType
 P = jax.P
@@ -67,6 +73,7 @@ def diloco_over(mean, learning_rate):
   return diloco(optax.sgd(learning_rate), nesterov_after(mean), sync_period=2)
 
 
+TICKS = 500  # more than any test here takes
 # name -> (learning_rate, Context) -> transform
 METHODS = {
   "pmean": lambda lr, place: sgd_after(pmean_over("replica"), lr),
@@ -93,6 +100,16 @@ METHODS = {
   ),
   "eager_diloco": lambda lr, place: eager_diloco(
     optax.sgd(lr), optax.sgd(0.5, momentum=0.5, nesterov=True), sync_period=2
+  ),
+  "decoupled_diloco": lambda lr, place: decoupled_diloco(
+    optax.sgd(lr), nesterov_after(pmean_over("replica")), schedule=simulate_quorum(
+      [1.0] * place.replicas, num_ticks=TICKS, sync_period=2, quorum=place.replicas
+    ),
+  ),
+  "async_local_sgd": lambda lr, place: async_local_sgd(
+    optax.sgd(lr), optax.sgd(0.3), schedule=simulate_async(
+      [1.0] * place.replicas, num_ticks=TICKS, sync_period=2
+    ),
   ),
   "slowmo": lambda lr, place: slowmo(optax.sgd(lr), sync_period=2, inner_lr=lr),
   "co2": lambda lr, place: co2(

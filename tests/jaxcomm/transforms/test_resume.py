@@ -33,7 +33,12 @@ from jaxcomm import (
 from jaxcomm.collectives import compressed_pmean_bytes, exponential, random_matching, ring
 from jaxcomm.inspect import collective_bytes
 from jaxcomm.training import average_replicas, make_train_step
-from jaxcomm.transforms import decoupled_diloco, simulate_quorum
+from jaxcomm.transforms import (
+  async_local_sgd,
+  decoupled_diloco,
+  simulate_async,
+  simulate_quorum,
+)
 
 REPLICAS, STEPS, ROWS = 4, 7, 12
 PARAMS = {"w": np.linspace(3, 5, 16, dtype=np.float32), "h": np.full(6, 4, jnp.bfloat16)}
@@ -91,6 +96,11 @@ METHODS = {
     SUM,
     MEAN * 16 / 22,
   ),
+  "async_local_sgd": Method(
+    async_local_sgd(INNER, schedule=simulate_async([1, 1, 1, 2], num_ticks=STEPS, sync_period=3)),
+    SUM,
+    MEAN,
+  ),
   "noloco": Method(noloco(INNER, sync_period=3, allow_idle=True), PERMUTE, TREE),
   "noloco_both": Method(
     noloco(INNER, sync_period=3, consensus_lr=0.5, allow_idle=True), PERMUTE, TREE + 4 * 22
@@ -104,6 +114,7 @@ METHODS = {
   "adagossip": Method(adagossip(INNER, ring(), consensus_lr=0.01), PERMUTE, 2 * TREE, True),
 }
 GOSSIP = [name for name, method in METHODS.items() if method.kinds == PERMUTE]
+CLOCKED = ("decoupled_diloco", "async_local_sgd")  # their schedules are of so many replicas
 FAST = ("diloco", "streaming_diloco", "noloco", "sgp_overlap")
 some_slow = [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 
@@ -172,7 +183,7 @@ def test_resumes_bit_for_bit_at_every_step(method, context):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:one_peer_exponential")
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "decoupled_diloco"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in CLOCKED])
 def test_goes_on_without_a_replica_that_was_lost(method):
   """From the middle of a round: the mean of what was there is where the rest goes on from."""
   state = saved_states(method, "vmap")[4]
