@@ -1,40 +1,50 @@
-"""What DiLoCo adds to the time of a step that does not exchange.
+"""What a method with rounds adds to the time of a step that does not exchange.
 
     python scripts/bench_step_overhead.py              # a virtual CPU device per replica
     python scripts/bench_step_overhead.py --stacked    # all replicas on one device
+    python scripts/bench_step_overhead.py --methods diloco --pairs 20
 
-Two training steps of the same model are compiled, one with AdamW alone and one with AdamW inside
-DiLoCo (4-bit outer mean). Blocks of steps of the two alternate, the order changing from pair to
-pair, so that drift of the machine cancels; the overhead is the median over pairs of blocks. The
-round is one step longer than the timed steps: it is ended afterwards, to see that a whole round
-and the next one run the same compiled program. Expected: at most 5 % on an idle machine.
+Training steps of the same model are compiled with AdamW alone and with AdamW inside each method.
+Blocks of steps of the two alternate, the order changing from pair to pair, so that drift of the
+machine cancels; the overhead is the median over pairs of blocks. The round is one step longer than
+the timed steps: it is ended afterwards, to see that a whole round and the next one run the same
+compiled program. Expected: at most 5 % on an idle machine.
 """
 
 import dataclasses
 import importlib.metadata
+import pathlib
 import platform
 import statistics
+import sys
 import time
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 import tyro
 
-import jaxcomm
 from jaxcomm.training import TrainStep, make_train_step
 from models import llama
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+from lm_methods import Method, MethodConfig, build_transform
+
+WARM_UP = 3  # steps
+ROUNDS: list[Method] = [
+  "local_sgd", "diloco", "eager_diloco", "streaming_diloco", "slowmo", "co2", "noloco", "dfedsam"
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   preset: Literal["nano", "tiny", "small"] = "tiny"  # size of the model
+  methods: list[Method] = dataclasses.field(default_factory=lambda: ROUNDS)
   replicas: int = 4
   stacked: bool = False  # all replicas on one device
   batch_size: int = 16  # sequences per step, over all replicas
   seq_len: int = 64  # tokens per sequence
-  pairs: int = 20  # of blocks
+  pairs: int = 10  # of blocks
   block: int = 10  # steps
   seed: int = 0
 
@@ -75,22 +85,29 @@ class Run:
     return self.train_step.step._cache_size()
 
 
-def build_run(cfg: Config, sync_period: int | None) -> Run:
-  """AdamW alone (`sync_period` None), or inside DiLoCo."""
+def build_run(cfg: Config, method: Method, sync_period: int) -> Run:
+  """AdamW alone (`method` "none"), or inside a method whose first exchange is at `sync_period`."""
   model = getattr(llama, cfg.preset)()
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.95, weight_decay=0.1))
-  if sync_period is not None:
-    mean = jaxcomm.compressed_mean("replica", jaxcomm.int4(), seed=cfg.seed)
-    outer = optax.chain(mean, optax.sgd(0.7, momentum=0.6, nesterov=True))
-    tx = jaxcomm.diloco(tx, outer, sync_period=sync_period)
+  fragments = 2 if method == "streaming_diloco" else 1
+  flags = MethodConfig(
+    method=method,
+    replicas=cfg.replicas,
+    steps=10 * sync_period,
+    sync_period=fragments * sync_period,
+    fragments=fragments,
+    seed=cfg.seed,
+  )
   devices = jax.devices()[: 1 if cfg.stacked else cfg.replicas]
   mesh = jax.make_mesh(
     (len(devices),), ("replica",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
   )
+  axes = llama.specs(model)
+  specs = jax.tree.map(lambda _: jax.P(), axes)
+  stacked = jax.tree.map(lambda names: int("layers" in names), axes)
   train_step = make_train_step(
     lambda params, batch: llama.loss(params, batch, model),
     lambda key: llama.init(key, model),
-    tx,
+    build_transform(flags, specs, mesh, stacked),
     mesh,
     num_replicas=cfg.replicas,
   )
@@ -111,43 +128,47 @@ def random_batch(cfg: Config, vocab_size: int) -> dict[str, np.ndarray]:
   }
 
 
-def time_pairs(cfg: Config, alone: Run, diloco: Run) -> list[tuple[float, float]]:
-  """Seconds per step of (AdamW alone, DiLoCo), a pair of neighbouring blocks each."""
+def time_pairs(cfg: Config, alone: Run, inside: Run) -> list[tuple[float, float]]:
+  """Seconds per step of (AdamW alone, the method), a pair of neighbouring blocks each."""
   pairs = []
   for i in range(cfg.pairs):
-    first, second = (alone, diloco) if i % 2 == 0 else (diloco, alone)
+    first, second = (alone, inside) if i % 2 == 0 else (inside, alone)
     times = {first: first.seconds(cfg.block), second: second.seconds(cfg.block)}
-    pairs.append((times[alone], times[diloco]))
+    pairs.append((times[alone], times[inside]))
   return pairs
+
+
+def measure(cfg: Config, method: Method, alone: Run) -> None:
+  """Prints a row: a method against AdamW alone."""
+  inside = build_run(cfg, method, WARM_UP + cfg.pairs * cfg.block + 1)
+  inside.seconds(WARM_UP)
+  pairs = time_pairs(cfg, alone, inside)
+  assert not inside.synced
+  ratios = sorted(with_rounds / without for without, with_rounds in pairs)
+  quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+  without, quiet = (1000 * statistics.median(times) for times in zip(*pairs))
+  exchange = 1000 * inside.seconds(1)
+  assert inside.synced
+  inside.seconds(2)
+  print(
+    f"| {method} | {without:.2f} | {quiet:.2f} | {quartiles[1]:.3f} |"
+    f" {quartiles[0]:.3f}, {quartiles[2]:.3f} | {exchange:.1f} | {inside.programs} |",
+    flush=True,
+  )
+  if inside.programs != 1:
+    raise SystemExit(f"error: the step of {method} was compiled again within a round.")
 
 
 def main(cfg: Config) -> None:
   if jax.default_backend() == "cpu" and jax.device_count() < cfg.replicas and not cfg.stacked:
     raise ValueError(f"`replicas` {cfg.replicas} need as many devices, got {jax.device_count()}.")
-  warm_up = 3
-  timed = cfg.pairs * cfg.block
-  alone, diloco = build_run(cfg, None), build_run(cfg, warm_up + timed + 1)
   print(describe(cfg), flush=True)
-  for run in (alone, diloco):
-    run.seconds(warm_up)
-  pairs = time_pairs(cfg, alone, diloco)
-  assert not diloco.synced
-  milliseconds = [1000 * statistics.median(times) for times in zip(*pairs)]
-  ratios = sorted(with_rounds / without for without, with_rounds in pairs)
-  quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-  print(f"AdamW alone:          {milliseconds[0]:8.3f} ms per step (median of {cfg.pairs} blocks)")
-  print(f"DiLoCo, no exchange:  {milliseconds[1]:8.3f} ms per step")
-  print(
-    f"ratio: {quartiles[1]:.4f} (median of {cfg.pairs} pairs; quartiles {quartiles[0]:.4f},"
-    f" {quartiles[2]:.4f})"
-  )
-  exchange = 1000 * diloco.seconds(1)
-  assert diloco.synced
-  diloco.seconds(2)
-  print(f"the step that ends the round: {exchange:.3f} ms")
-  print(f"programs compiled over a round and the next: {diloco.programs}")
-  if diloco.programs != 1:
-    raise SystemExit("error: the step was compiled again within a round.")
+  alone = build_run(cfg, "none", 1)
+  alone.seconds(WARM_UP)
+  print("| method | alone, ms | method, ms | ratio | its quartiles | exchange, ms | programs |")
+  print("|---|---|---|---|---|---|---|")
+  for method in cfg.methods:
+    measure(cfg, method, alone)
 
 
 def describe(cfg: Config) -> str:
